@@ -1,0 +1,108 @@
+"""From scores to a p-value, by held-out normal images alone: split conformal prediction.
+
+Vovk et al., Algorithmic Learning in a Random World, 2005; Bates et al., Testing for Outliers with Conformal
+p-values, arXiv 2104.08279, equation 2. Whatever the scores are worth, a good part is flagged with probability at
+most alpha, as long as it comes from where the calibration images came from.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import CalibrationError
+
+FloatArray = NDArray[np.float64]
+
+SCORE_NAMES = ("reconstruction", "latent", "anomaly_map")
+MIN_CALIBRATION_IMAGES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The scores of the calibration images, (n, 3) in the order of SCORE_NAMES, and the default alpha.
+
+    Raises CalibrationError if n is too small for alpha, or a score is not finite.
+    """
+
+    scores: FloatArray
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 2 or self.scores.shape[1] != len(SCORE_NAMES):
+            raise CalibrationError(f"calibration scores have shape {self.scores.shape}: expected (n, 3).")
+        if self.n < MIN_CALIBRATION_IMAGES:
+            raise CalibrationError(f"{self.n} calibration images: at least {MIN_CALIBRATION_IMAGES} are needed.")
+        if not np.isfinite(self.scores).all():
+            raise CalibrationError("a calibration score is not a finite number.")
+        self.check_alpha(self.alpha)
+
+    @property
+    def n(self) -> int:
+        return len(self.scores)
+
+    @property
+    def smallest_alpha(self) -> float:
+        """The smallest p-value that n images can give: 1 / (n + 1)."""
+        return 1 / (self.n + 1)
+
+    def check_alpha(self, alpha: float) -> None:
+        """Raise CalibrationError unless n images can tell whether a p-value is at most alpha."""
+        if not self.smallest_alpha <= alpha < 1:
+            raise CalibrationError(
+                f"alpha is {alpha:g}: {self.n} calibration images allow {self.smallest_alpha:.4g} "
+                f"up to, but not including, 1."
+            )
+
+    @cached_property
+    def _fused(self) -> FloatArray:
+        """Sorted anomaly scores of the calibration images, (n,).
+
+        Each is standardised by the other n - 1 images. A part that is scored later did not take part in the mean
+        and the deviation; a calibration image that did would look too normal, and good parts too anomalous.
+        """
+        others = self.n - 1
+        mean = (self.scores.sum(axis=0) - self.scores) / others  # (n, 3)
+        square = ((self.scores - self.scores.mean(axis=0)) ** 2).sum(axis=0)
+        # Leaving x out takes n / (n - 1) (x - mean)^2 off the sum of squares.
+        square = square - self.n / others * (self.scores - self.scores.mean(axis=0)) ** 2
+        deviation = np.sqrt(np.maximum(square, 0) / (others - 1))
+        return np.sort(_standardised(self.scores, mean, deviation).max(axis=1))
+
+    def anomaly_score(self, scores: FloatArray) -> FloatArray:
+        """Fuse scores (B, 3) into (B,): the largest, in standard deviations of the good images' score.
+
+        The largest, because a defect that only one of the three sees should not be averaged away.
+        """
+        mean = self.scores.mean(axis=0)
+        deviation = self.scores.std(axis=0, ddof=1)
+        return np.asarray(_standardised(scores, mean, deviation).max(axis=1), dtype=np.float64)
+
+    def p_value(self, anomaly_score: FloatArray) -> FloatArray:
+        """(1 + #{calibration score >= s}) / (n + 1) for each s in (B,); in (0, 1]."""
+        at_least = self.n - np.searchsorted(self._fused, anomaly_score, side="left")
+        return np.asarray((1 + at_least) / (self.n + 1), dtype=np.float64)
+
+    def map_level(self, alpha: float) -> float:
+        """The height that the map of a good image exceeds anywhere with probability at most alpha.
+
+        In the unit of the anomaly map. Raises CalibrationError for an alpha that n images cannot resolve.
+        """
+        self.check_alpha(alpha)
+        peaks = np.sort(self.scores[:, SCORE_NAMES.index("anomaly_map")])
+        # A p-value counts peaks >= s: at most alpha (n + 1) - 1 of them may lie above the level.
+        above = math.floor(alpha * (self.n + 1) + 1e-9) - 1
+        return float(peaks[self.n - 1 - above])
+
+
+def _standardised(scores: FloatArray, mean: FloatArray, deviation: FloatArray) -> FloatArray:
+    # Scores that never vary (a constant image) have no scale; any other value is then infinitely far. The floor
+    # keeps that finite.
+    return np.asarray((scores - mean) / np.maximum(deviation, 1e-12), dtype=np.float64)
+
+
+def images_needed(alpha: float) -> int:
+    """The fewest calibration images that resolve alpha: 1 / (n + 1) <= alpha."""
+    return max(MIN_CALIBRATION_IMAGES, math.ceil(1 / alpha - 1 - 1e-9))

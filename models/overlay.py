@@ -1,0 +1,30 @@
+"""An anomaly map as a picture: warm colours over the image, boxes around the regions."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from models.scoring import MapArray, Region
+
+# Dark red, red, orange, yellow, by eye: ordered in lightness too, so that they read without colour vision.
+HEAT = np.array([[90, 0, 20], [200, 20, 30], [250, 130, 20], [255, 240, 120]], dtype=np.float32)
+BOX_COLOUR = (0, 220, 255)
+OPACITY = 0.65
+
+
+def overlay(image: Image.Image, anomaly_map: MapArray, *, level: float, regions: list[Region]) -> Image.Image:
+    """Lay a map (height, width) over its image; returns RGB of the image's size.
+
+    Nothing is drawn below half of `level`, the height that good images rarely exceed; full colour is at twice it.
+    """
+    height, width = anomaly_map.shape
+    heat = np.clip((anomaly_map / max(level, 1e-12) - 0.5) / 1.5, 0, 1)  # (H, W)
+    steps = np.linspace(0, 1, len(HEAT))
+    colour = np.stack([np.interp(heat, steps, HEAT[:, channel]) for channel in range(3)], axis=-1)
+    opacity = OPACITY * np.minimum(4 * heat, 1)[..., None]
+    blended = (1 - opacity) * np.asarray(image.convert("RGB").resize((width, height))) + opacity * colour
+    picture = Image.fromarray(blended.round().astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for region in regions:
+        right, bottom = region.left + region.width - 1, region.top + region.height - 1
+        draw.rectangle((region.left, region.top, right, bottom), outline=BOX_COLOUR, width=max(1, width // 200))
+    return picture

@@ -1,0 +1,53 @@
+"""Tiny real networks and images that many tests share."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.calibration import Calibration
+from models.checkpoint import Checkpoint
+from models.config import ModelConfig
+from models.networks import Decoder, Encoder
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The developer's own HAZELNUT_ variables must not decide a test."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("HAZELNUT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return ModelConfig(image_size=32, channels=3, width=8, latent="grid", latent_dim=4)
+
+
+@pytest.fixture
+def checkpoint(config: ModelConfig) -> Checkpoint:
+    """Untrained networks, with a calibration of nineteen images: alpha = 0.05 is just resolved."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder, decoder = Encoder(config).eval(), Decoder(config).eval()
+    scores = np.random.default_rng(0).normal(loc=[0.2, 1.0, 1.0], scale=0.1, size=(19, 3))
+    return Checkpoint(
+        config=config,
+        encoder=encoder,
+        decoder=decoder,
+        calibration=Calibration(scores=scores, alpha=0.05),
+        origin={"name": "nut", "command": "drawn by a test"},
+        metrics={},
+    )
+
+
+def png(*, size: tuple[int, int] = (40, 30), seed: int = 0) -> bytes:
+    """A PNG of noise; the same bytes for the same arguments."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,151 @@
+"""A recipe: everything that decides the weights, apart from the images. Read from TOML, changed by key=value."""
+
+import math
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from models.config import LatentShape, ModelConfig, NormPosition
+from models.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+AdversarialLoss = Literal["bce", "wgan-gp"]
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every value, checked. Raises ConfigError naming the key, the value and what is allowed."""
+
+    # The networks: see ModelConfig.
+    image_size: int
+    channels: int
+    width: int
+    latent: LatentShape
+    latent_dim: int
+    batch_norm: NormPosition
+    # What the autoencoder rebuilds: share of its training images that get a synthetic defect, and its loss.
+    corruption: float
+    l2_weight: float
+    ssim_weight: float
+    gradient_weight: float
+    # The two adversaries. n_critic: discriminator steps per autoencoder step, each on a fresh batch.
+    latent_loss: AdversarialLoss
+    latent_weight: float
+    latent_n_critic: int
+    image_loss: AdversarialLoss
+    image_weight: float
+    image_n_critic: int
+    gradient_penalty_weight: float
+    # Optimisation.
+    steps: int
+    batch_size: int
+    learning_rate: float
+    discriminator_learning_rate: float
+    schedule: Schedule
+    ema: float  # decay per step of the averaged weights, which are the ones that score
+    mixed_precision: bool  # bfloat16 for the networks, on a GPU only
+    seed: int
+    # The held-out images.
+    calibration_fraction: float
+    alpha: float
+    # Steps between two saved states, to resume from.
+    save_every: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
+        self.model_config()
+        _check("corruption", self.corruption, 0 <= self.corruption <= 1, "0 to 1")
+        for name in ("l2_weight", "ssim_weight", "gradient_weight", "latent_weight", "image_weight"):
+            value = getattr(self, name)
+            _check(name, value, 0 <= value < math.inf, "0 or more")
+        if not self.l2_weight + self.ssim_weight + self.gradient_weight:
+            raise ConfigError("l2_weight, ssim_weight and gradient_weight are all 0: one must be more.")
+        for name in ("latent_n_critic", "image_n_critic", "steps", "save_every"):
+            value = getattr(self, name)
+            _check(name, value, value >= 1, "1 or more")
+        weight = self.gradient_penalty_weight
+        _check("gradient_penalty_weight", weight, 0 < weight < math.inf, "more than 0")
+        # Batch norm has nothing to average over in a batch of one.
+        _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
+        for name in ("learning_rate", "discriminator_learning_rate"):
+            value = getattr(self, name)
+            _check(name, value, 0 < value <= 1, "more than 0, up to 1")
+        _check("ema", self.ema, 0 <= self.ema < 1, "0 up to, but not including, 1")
+        _check("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2147483647")
+        fraction = self.calibration_fraction
+        _check("calibration_fraction", fraction, 0 < fraction <= 0.5, "more than 0, up to 0.5")
+        _check("alpha", self.alpha, 0 < self.alpha < 1, "more than 0, less than 1")
+
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(
+            image_size=self.image_size,
+            channels=self.channels,
+            width=self.width,
+            latent=self.latent,
+            latent_dim=self.latent_dim,
+            batch_norm=self.batch_norm,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name: str, overrides: list[str]) -> Recipe:
+    """Read recipes/NAME.toml, then apply "key=value" overrides in order. Raises ConfigError."""
+    if name not in recipe_names():
+        raise ConfigError(f"recipe {name!r} does not exist: there are {', '.join(recipe_names())}.")
+    values = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    types = {field.name: field.type for field in fields(Recipe)}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override!r} is not of the form key=value.")
+        if key not in types:
+            raise ConfigError(f"recipe key {key!r} does not exist: allowed are {', '.join(types)}.")
+        values[key] = _parse(key, types[key], text)
+    return recipe_from_dict(values)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """A Recipe of these keys, no more and no fewer. Raises ConfigError."""
+    names = {field.name for field in fields(Recipe)}
+    if set(values) != names:
+        odd = ", ".join(sorted(set(values) ^ names))
+        raise ConfigError(f"a recipe has missing or unknown keys: {odd}.")
+    return Recipe(**values)
+
+
+def _parse(key: str, kind: Any, text: str) -> Any:
+    try:
+        if kind is int or kind is float:
+            return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key} is {text!r}: it takes {'a whole number' if kind is int else 'a number'}.") from None
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{key} is {text!r}: allowed are true, false.")
+        return text == "true"
+    return text
+
+
+def _check_type(name: str, kind: Any, value: Any) -> None:
+    if get_origin(kind) is Literal:
+        _check(name, value, value in get_args(kind), ", ".join(get_args(kind)))
+    elif kind is float:
+        _check(name, value, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
+    elif type(value) is not kind:
+        _check(name, value, False, {int: "a whole number", bool: "true, false"}[kind])
+
+
+def _check(name: str, value: Any, allowed: bool, what: str) -> None:
+    if not allowed:
+        shown = repr(value) if isinstance(value, str) else value
+        raise ConfigError(f"{name} is {shown}: allowed is {what}.")

@@ -1,0 +1,178 @@
+"""Folders of images, and which image is for what: training, calibration or test."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.calibration import images_needed
+from models.errors import DataError, ImageError
+from models.images import decode_image, image_tensor
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+GOOD = "good"
+
+
+@dataclass(frozen=True)
+class TestImage:
+    """defect: "good", or the name of the test folder. mask: None where there is none."""
+
+    path: Path
+    defect: str
+    mask: Path | None
+
+    __test__ = False  # not a test class: keep pytest from collecting it
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder's images. `validation`: good images that the folder itself keeps out of training."""
+
+    root: Path
+    good: list[Path]
+    validation: list[Path]
+    test: list[TestImage]
+
+
+def read_dataset(root: Path) -> Dataset:
+    """List an MVTec-layout folder (train/good, and perhaps validation/good, test/*, ground_truth/*), or a plain
+    folder of good images with any subfolders. Raises DataError if it has no good image.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder.")
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        dataset = Dataset(
+            root=root,
+            good=images_below(root / "train" / GOOD),
+            validation=images_below(root / "validation" / GOOD),
+            test=_test_images(root),
+        )
+        expected = f"{root / 'train' / GOOD}"
+    else:
+        dataset = Dataset(root=root, good=images_below(root), validation=[], test=[])
+        expected = f"{root} (nor a folder train/{GOOD} in it)"
+    if not dataset.good and not dataset.test:
+        raise DataError(f"no images in {expected}: {', '.join(sorted(EXTENSIONS))} are read.")
+    return dataset
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files below a folder, by their extension, sorted; empty if there is no such folder."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _test_images(root: Path) -> list[TestImage]:
+    images = []
+    for folder in sorted(path for path in (root / "test").glob("*") if path.is_dir()):
+        paths = images_below(folder)
+        masks = [] if folder.name == GOOD else [_mask(root, folder.name, path) for path in paths]
+        if any(masks) and not all(masks):
+            path = paths[masks.index(None)]
+            raise DataError(f"{path} has no mask {path.stem}_mask.png, but other images of {folder} have.")
+        masks += [None] * (len(paths) - len(masks))
+        images += [TestImage(path=path, defect=folder.name, mask=mask) for path, mask in zip(paths, masks, strict=True)]
+    return images
+
+
+def _mask(root: Path, defect: str, image: Path) -> Path | None:
+    folder = root / "ground_truth" / defect
+    for name in (f"{image.stem}_mask.png", f"{image.stem}.png"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Paths of good images. No file of `training` has the content of one of `calibration`."""
+
+    training: list[Path]
+    calibration: list[Path]
+    fingerprint: str  # sha256 over the contents of the training images, in the order of their own sha256
+
+
+def split_good_images(dataset: Dataset, *, fraction: float, alpha: float, seed: int) -> Split:
+    """Hold images out for calibration: the folder's own validation images, and the rest by a seeded hash.
+
+    The hash is of the file's content, so that the same image twice is on one side, whatever its name. At least as
+    many are held out as alpha needs. Raises DataError if that leaves fewer than half for training.
+    """
+    if not dataset.good:
+        raise DataError(f"no good images in {dataset.root}: training needs them in train/{GOOD}.")
+    content = {path: hashlib.sha256(path.read_bytes()).digest() for path in dataset.good}
+    validation = {hashlib.sha256(path.read_bytes()).digest() for path in dataset.validation}
+    candidates = set(content.values()) - validation
+    needed = images_needed(alpha)
+    # Copies of one image are one image: they add nothing to what alpha can resolve.
+    held_out = max(math.ceil(fraction * len(candidates)), needed - len(validation), 0)
+    if held_out > len(candidates) / 2:
+        raise DataError(
+            f"{len(candidates)} different good images in {dataset.root}: an alpha of {alpha:g} needs {needed} "
+            f"held out for calibration, which leaves less than half for training. "
+            f"Add images, or set a larger alpha."
+        )
+    key = str(seed).encode()
+    order = sorted(candidates, key=lambda digest: hashlib.sha256(key + digest).digest())
+    calibration = set(order[:held_out]) | validation
+    first_copy = {digest: path for path, digest in reversed(content.items())}
+    first_copy |= {hashlib.sha256(path.read_bytes()).digest(): path for path in reversed(dataset.validation)}
+    training = [path for path in dataset.good if content[path] not in calibration]
+    digests = sorted(content[path] for path in training)
+    return Split(
+        training=training,
+        calibration=sorted(first_copy[digest] for digest in calibration),
+        fingerprint=hashlib.sha256(b"".join(digests)).hexdigest(),
+    )
+
+
+def load_images(paths: list[Path], *, channels: int, size: int, advance: Callable[[], None] = lambda: None) -> Tensor:
+    """Decode and resize images into one tensor, uint8 (N, C, S, S). Raises DataError naming each bad file.
+
+    They stay decoded in memory: an image of 128 x 128 x 3 takes 48 KiB, decoding it again would take 2 ms.
+    """
+
+    def load(path: Path) -> Tensor | str:
+        try:
+            return image_tensor(decode_image(path.read_bytes()), channels=channels, size=size)
+        except (ImageError, OSError) as error:
+            return f"{path}: {error}"
+
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter's lock while it decodes
+        results = []
+        for result in pool.map(load, paths):
+            results.append(result)
+            advance()
+    errors = [result for result in results if isinstance(result, str)]
+    if errors:
+        shown = "\n  ".join(errors[:10])
+        raise DataError(f"{len(errors)} of {len(paths)} images cannot be read:\n  {shown}")
+    return torch.stack([result for result in results if isinstance(result, Tensor)])
+
+
+def load_mask(image: TestImage, *, width: int, height: int) -> NDArray[np.bool_]:
+    """(height, width), True on the defect: more than half white. All False without a mask.
+
+    Raises DataError if the mask cannot be read or is not of the image's size.
+    """
+    if image.mask is None:
+        return np.zeros((height, width), dtype=bool)
+    try:
+        mask = decode_image(image.mask.read_bytes()).convert("L")
+    except (ImageError, OSError) as error:
+        raise DataError(f"{image.mask}: {error}") from error
+    if mask.size != (width, height):
+        raise DataError(
+            f"{image.mask} is {mask.width} x {mask.height} pixels, its image {image.path} is {width} x {height}."
+        )
+    return np.asarray(mask) > 127
