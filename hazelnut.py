@@ -1,5 +1,185 @@
-"""The command line."""
+"""The command line. Each verb imports what it needs when it is called: `hazelnut --help` waits for no torch."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from models.errors import HazelnutError
+
+app = typer.Typer(
+    help="Find defects in images of parts. Learns from good images alone, serves its scores over HTTP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")]
+CheckpointFolder = Annotated[Path, typer.Argument(help="A folder that train wrote.", show_default=False)]
+Alpha = Annotated[
+    float | None, typer.Option(help="Share of good parts that may be flagged.", show_default="of the checkpoint")
+]
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path, typer.Argument(help="Folder in MVTec layout, or a plain one of good images.", show_default=False)
+    ],
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe.", show_default="default")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes the recipe; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<name of DATA>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train on good images."""
+    from models.scoring import choose_device
+    from training.config import load_recipe
+    from training.dry_run import dry_run
+    from training.run import read_run, run_recipe, train_folder
+
+    out = out or Path("runs") / data.resolve().name
+    with _errors():
+        before = read_run(out) if resume else None
+        if before and recipe is None and not changes:
+            chosen = run_recipe(before)
+        else:
+            chosen = load_recipe(recipe or "default", changes or [])
+        if dry:
+            dry_run(data, recipe=chosen, device=choose_device(device), console=Console())
+            return
+        checkpoint = train_folder(
+            data,
+            out,
+            recipe=chosen,
+            resume=resume,
+            device=choose_device(device),
+            command=_command(),
+            console=_progress_console(),
+        )
+    typer.echo(f"checkpoint: {checkpoint}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointFolder,
+    data: Annotated[Path, typer.Argument(help="Folder in MVTec layout with a test split.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file.", show_default="evaluation.json beside the checkpoint")
+    ] = None,
+    alpha: Alpha = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a checkpoint on the test images of a folder."""
+    from models.checkpoint import load_checkpoint
+    from models.scoring import choose_device
+    from training.evaluation import evaluate_folder, print_report, write_report
+
+    out = out or checkpoint.parent / "evaluation.json"
+    with _errors():
+        scorer = load_checkpoint(checkpoint).scorer(choose_device(device))
+        report = evaluate_folder(scorer, data, alpha=alpha, command=_command(), console=_progress_console())
+        write_report(report, out)
+        print_report(report, Console())
+    typer.echo(f"written to {out}")
+
+
+@app.command()
+def score(
+    checkpoint: CheckpointFolder,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Rows as CSV with a header.")] = False,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for a picture per image.")] = None,
+    alpha: Alpha = None,
+    device: Device = "auto",
+) -> None:
+    """Score images: a row each on stdout. The exit code is 1 if a file could not be read."""
+    from models.checkpoint import load_checkpoint
+    from models.scoring import choose_device
+    from training.inference import find_images, write_rows
+    from training.progress import progress_bar
+
+    with _errors():
+        scorer = load_checkpoint(checkpoint).scorer(choose_device(device))
+        alpha = scorer.calibration.alpha if alpha is None else alpha
+        scorer.calibration.check_alpha(alpha)
+        paths = find_images(images)
+        with progress_bar(_progress_console()) as bar:
+            task = bar.add_task("scoring", total=len(paths), detail="")
+            failed = write_rows(
+                scorer,
+                paths,
+                sys.stdout,
+                alpha=alpha,
+                as_csv=as_csv,
+                overlays=overlays,
+                advance=lambda: bar.advance(task),
+            )
+    if failed:
+        typer.echo(f"{failed} of {len(paths)} files could not be scored.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[Path | None, typer.Option(envvar="HAZELNUT_CHECKPOINT", show_default="the demo's")] = None,
+    host: Annotated[str, typer.Option(envvar="HAZELNUT_HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="HAZELNUT_PORT")] = 8000,
+    device: Annotated[str, typer.Option(envvar="HAZELNUT_DEVICE", help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Serve a checkpoint's scores over HTTP. All settings: docs/service.md."""
+    from service.app import serve as serve_app
+    from service.settings import load_settings
+
+    with _errors():
+        serve_app(load_settings(checkpoint=checkpoint, host=host, port=port, device=device))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the parts, the run and the overlays.")] = Path("hazelnut-demo"),
+    serve_after: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the model at the end.")] = True,
+    port: Annotated[int, typer.Option(envvar="HAZELNUT_PORT")] = 8000,
+    device: Device = "auto",
+) -> None:
+    """Draw parts and defects, train on the good ones for a minute, evaluate, write overlays, serve."""
+    from training.demo_run import run_demo
+
+    with _errors():
+        checkpoint = run_demo(out, device=device, command=_command(), progress=_progress_console(), console=Console())
+    if serve_after:
+        serve(checkpoint=checkpoint, host="127.0.0.1", port=port, device=device)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """An error that is the user's to act on is one sentence, not a traceback."""
+    try:
+        yield
+    except HazelnutError as error:
+        typer.echo(f"hazelnut: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _progress_console() -> Console:
+    return Console(stderr=True)
+
+
+def _command() -> str:
+    return shlex.join(["hazelnut", *sys.argv[1:]])
 
 
 def main() -> None:
-    raise SystemExit("not yet")
+    app()
+
+
+if __name__ == "__main__":
+    main()

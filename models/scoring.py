@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.config import ModelConfig
+from models.errors import ConfigError
 
 MapArray = NDArray[np.float32]
 
@@ -79,6 +80,17 @@ def latent_score(codes: Tensor) -> Tensor:
     return (codes.square() / 2 + math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
 
 
+def choose_device(name: str) -> torch.device:
+    """ "auto" takes a GPU if there is one. Raises ConfigError for a GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}: allowed are auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda': torch finds no GPU here; allowed are auto and cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -116,12 +128,16 @@ def raw_scores(encoder: nn.Module, decoder: nn.Module, pixels: Tensor) -> RawSco
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Of B images. `scores` is (B, 3) in the order of SCORE_NAMES; `maps` (B, S, S) is >= 0."""
+    """Of B images. `scores` is (B, 3) in the order of SCORE_NAMES; `maps` (B, S, S) is >= 0.
+
+    Reconstructions are (B, C, S, S) in [-1, 1], on the scorer's device.
+    """
 
     scores: FloatArray
     anomaly_score: FloatArray  # (B,) in standard deviations of good images
     p_value: FloatArray  # (B,) in (0, 1]
     maps: MapArray
+    reconstructions: Tensor
 
     def named(self, index: int) -> dict[str, float]:
         """The three scores of one image by name."""
@@ -150,6 +166,7 @@ class Scorer:
             anomaly_score=anomaly_score,
             p_value=self.calibration.p_value(anomaly_score),
             maps=raw.maps,
+            reconstructions=raw.reconstructions,
         )
 
 

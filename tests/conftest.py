@@ -1,6 +1,11 @@
 """Tiny real networks and images that many tests share."""
 
 import io
+import os
+
+# Tiny networks are faster on one thread, and threads that wait for one another stall on a busy machine. Set before
+# torch is imported, so that the processes which tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -16,8 +21,6 @@ from models.networks import Decoder, Encoder
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The developer's own HAZELNUT_ variables must not decide a test."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("HAZELNUT_"):
             monkeypatch.delenv(name)
@@ -51,3 +54,11 @@ def png(*, size: tuple[int, int] = (40, 30), seed: int = 0) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

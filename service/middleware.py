@@ -1,0 +1,102 @@
+"""What happens around every request: its id, the last resort for errors, the limit of its body, its metrics."""
+
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ServiceError, error_response, logger
+from service.telemetry import Telemetry, route_template
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+REQUEST_ID_HEADER = "X-Request-ID"
+PAGES = frozenset({"/docs", "/openapi.json"})  # the framework's own; it leaves no route in their scope
+
+
+class RequestMiddleware:
+    """Gives each request an id, turns an unforeseen exception into the answer 500, and counts.
+
+    The outermost of ours, so that no answer goes without an id. Pure ASGI: a BaseHTTPMiddleware would hide the
+    client's leaving from the routes.
+    """
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+        self.app = app
+        self.telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status: int | None = None
+        start = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass  # nobody is left to be answered
+        except Exception:
+            if status is not None:
+                raise  # the server then cuts the connection: half an answer must not pass for a whole one
+            logger.exception("request %s failed", request_id)
+            message = "the service failed; its log has the traceback under this request_id."
+            await error_response(request_id, "internal", message)(scope, receive, send_with_id)
+        finally:
+            route = route_template(scope.get("route"), scope["path"], PAGES)
+            seconds = time.perf_counter() - start
+            self.telemetry.request_ended(route, scope["method"], status=status, seconds=seconds)
+
+
+class BodyLimitMiddleware:
+    """Refuses a body of more than max_bytes: by its Content-Length, or as soon as more has arrived.
+
+    Starlette's own limit (1.10) answers with text instead of our shape, and older ones have none.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if _content_length(scope) > self.max_bytes:
+            refusal = self._refusal()
+            response = error_response(scope["state"]["request_id"], refusal.code, str(refusal))
+            await response(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_at_most() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise self._refusal()
+            return message
+
+        await self.app(scope, receive_at_most, send)
+
+    def _refusal(self) -> ServiceError:
+        return ServiceError("body_too_large", f"the body is too large: allowed are {self.max_bytes} bytes.")
+
+
+def _content_length(scope: Scope) -> int:
+    try:
+        return int(Headers(scope=scope).get("content-length", "0"))
+    except ValueError:
+        return 0  # what really arrives is counted

@@ -1,0 +1,145 @@
+"""The service's metrics, in a registry of their own: two apps in one process do not clash.
+
+Labels come from closed sets alone: whatever clients send, the number of series stays what it is.
+"""
+
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from service.errors import IMAGE_ERRORS
+
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+STAGES = ("decode", "device", "encode")
+NO_ANSWER = "none"  # status class where the client left before an answer
+
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+# Good images are near 0 with deviation 1; drift shows in between, defects far above. Negative values leave the
+# histogram without a _sum, which would not only rise.
+SCORE_BUCKETS = (-2, -1, 0, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100)
+P_VALUE_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+
+
+def package_version() -> str:
+    """The installed version; "unknown" where the source runs without being installed."""
+    try:
+        return version("hazelnut")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Telemetry:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "hazelnut_requests_total",
+            "Requests by route template, method and status class.",
+            ["route", "method", "status_class"],
+            registry=self.registry,
+        )
+        self._request_seconds = Histogram(
+            "hazelnut_request_seconds",
+            "Seconds from a request's headers to the last byte of its answer, the upload included.",
+            ["route"],
+            buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self._images = Counter(
+            "hazelnut_images_total",
+            "Images scored, by model and verdict at the alpha of their request.",
+            ["model", "verdict"],
+            registry=self.registry,
+        )
+        self._image_errors = Counter(
+            "hazelnut_image_errors_total", "Images that were not scored, by reason.", ["reason"], registry=self.registry
+        )
+        self._stage_seconds = Histogram(
+            "hazelnut_stage_seconds",
+            "Seconds of work, without waiting: decode and encode per image, device per batch.",
+            ["stage"],
+            buckets=STAGE_BUCKETS,
+            registry=self.registry,
+        )
+        self._anomaly_score = Histogram(
+            "hazelnut_anomaly_score",
+            "Anomaly scores, in standard deviations of good images.",
+            ["model"],
+            buckets=SCORE_BUCKETS,
+            registry=self.registry,
+        )
+        self._p_value = Histogram(
+            "hazelnut_p_value",
+            "P-values; those of good parts are spread evenly over (0, 1].",
+            ["model"],
+            buckets=P_VALUE_BUCKETS,
+            registry=self.registry,
+        )
+        self.images_waiting = Gauge(
+            "hazelnut_images_waiting", "Images received and not yet scored.", registry=self.registry
+        )
+        self._build = Info("hazelnut_build", "What is running.", registry=self.registry)
+        ProcessCollector(registry=self.registry)
+        for stage in STAGES:
+            self._stage_seconds.labels(stage)
+        for reason in IMAGE_ERRORS:
+            self._image_errors.labels(reason)
+
+    def model_loaded(self, name: str, *, device: torch.device) -> None:
+        """Let the model's series begin at zero: a rate needs the sample before the first image."""
+        self._build.info({"version": package_version(), "torch": torch.__version__, "device": str(device)})
+        for verdict in ("normal", "anomalous"):
+            self._images.labels(name, verdict)
+        self._anomaly_score.labels(name)
+        self._p_value.labels(name)
+
+    def request_ended(self, route: str, method: str, *, status: int | None, seconds: float) -> None:
+        """route: a template, never a path. status: None where the client left before an answer."""
+        method = method if method in METHODS else "other"
+        status_class = NO_ANSWER if status is None else f"{status // 100}xx"
+        self._requests.labels(route, method, status_class).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def image_scored(self, model: str, *, anomaly_score: float, p_value: float, is_anomalous: bool) -> None:
+        self._images.labels(model, "anomalous" if is_anomalous else "normal").inc()
+        self._anomaly_score.labels(model).observe(anomaly_score)
+        self._p_value.labels(model).observe(p_value)
+
+    def image_refused(self, reason: str) -> None:
+        self._image_errors.labels(reason).inc()
+
+    def stage(self, name: str) -> Histogram:
+        """A stage's histogram; `with telemetry.stage("decode").time():` observes the block."""
+        return self._stage_seconds.labels(name)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """All metrics in the text format that the header Accept prefers, and its media type."""
+        encode, media_type = choose_encoder(accept)
+        return encode(_WithoutCreated(self.registry)), media_type
+
+
+class _WithoutCreated(Collector):
+    """Leaves out the client's `_created` series, one for every counter and histogram: Prometheus has no use for them.
+
+    The client's own switch holds for the whole process, other apps included.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+def route_template(matched: object, path: str, pages: Iterable[str]) -> str:
+    """The label `route`: the matched route's template, one of the framework's own pages, or "unmatched"."""
+    template = getattr(matched, "path", None)
+    if isinstance(template, str):
+        return template
+    return path if path in pages else "unmatched"

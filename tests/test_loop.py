@@ -1,0 +1,263 @@
+"""The training loop on tiny real networks: what each step changes, and that nothing else decides the weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.errors import TrainingDivergedError
+from models.scoring import normalise, raw_scores
+from training.config import Recipe, load_recipe
+from training.loop import (
+    Batches,
+    TrainingState,
+    autoencoder_step,
+    image_discriminator_step,
+    latent_discriminator_step,
+    scoring_networks,
+    set_learning_rates,
+    train,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    small = ["image_size=32", "width=8", "latent_dim=4", "batch_size=4", "steps=4"]
+    both = ["latent_loss=wgan-gp", "image_loss=wgan-gp", "latent_n_critic=2"]
+    return load_recipe("tiny", small + both)
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def weights(state: TrainingState) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name."""
+    networks = {
+        "encoder": state.encoder,
+        "decoder": state.decoder,
+        "latent_discriminator": state.latent_discriminator,
+        "image_discriminator": state.image_discriminator,
+        "averaged": state.averaged,
+    }
+    return {f"{name}.{key}": value.clone() for name, net in networks.items() for key, value in net.state_dict().items()}
+
+
+def parameters_of(network: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in network.parameters()]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def trained(recipe: Recipe, pixels: Tensor) -> TrainingState:
+    state = TrainingState(recipe, pixels, device=CPU)
+    train(state, recipe, lambda _: None)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["bce", "wgan-gp"])
+def test_training_with_the_same_seed_gives_the_same_weights(recipe, pixels, kind):
+    recipe = replace(recipe, latent_loss=kind, image_loss=kind)
+    first, second = weights(trained(recipe, pixels)), weights(trained(recipe, pixels))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = weights(trained(replace(recipe, seed=1), pixels))
+    assert not torch.equal(first["encoder.layers.0.weight"], other["encoder.layers.0.weight"])
+
+
+def test_training_does_not_touch_the_global_random_numbers(recipe, pixels):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trained(recipe, pixels)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_training_resumed_from_a_saved_state_is_bit_equal(recipe, pixels, stop):
+    whole = weights(trained(recipe, pixels))
+    state = TrainingState(recipe, pixels, device=CPU)
+    saved = {}
+
+    def save_at_stop(_: dict[str, float]) -> None:
+        if state.step == stop:
+            saved.update({key: _copied(value) for key, value in state.state_dict().items()})
+
+    train(state, recipe, save_at_stop)
+    resumed = TrainingState(recipe, pixels, device=CPU)
+    resumed.load_state_dict(saved)
+    assert resumed.step == stop
+    train(resumed, recipe, lambda _: None)
+    assert all(torch.equal(whole[name], value) for name, value in weights(resumed).items())
+
+
+def _copied(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
+
+
+def test_discriminators_take_their_steps_on_fresh_batches(recipe, pixels):
+    recipe = replace(recipe, latent_n_critic=3, image_n_critic=2, steps=2)
+    assert trained(recipe, pixels).batches.drawn == 2 * (3 + 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "changed"),
+    [
+        (latent_discriminator_step, {"latent_discriminator"}),
+        (image_discriminator_step, {"image_discriminator"}),
+        (autoencoder_step, {"encoder", "decoder"}),
+    ],
+)
+def test_each_step_changes_only_its_own_networks(
+    recipe: Recipe, pixels: Tensor, step: Callable[..., dict[str, Tensor]], changed: set[str]
+):
+    state = TrainingState(recipe, pixels, device=CPU)
+    names = ["encoder", "decoder", "latent_discriminator", "image_discriminator"]
+    set_learning_rates(state, recipe)
+    before = {name: parameters_of(getattr(state, name)) for name in names}
+    step(state, recipe)
+    assert {name for name in names if not equal(before[name], parameters_of(getattr(state, name)))} == changed
+    others = [getattr(state, name) for name in names if name not in changed]
+    assert all(parameter.grad is None for network in others for parameter in network.parameters())
+
+
+def test_every_network_is_in_train_mode_during_its_step(recipe, pixels):
+    state = TrainingState(recipe, pixels, device=CPU)
+    for network in (state.encoder, state.decoder, state.latent_discriminator, state.image_discriminator):
+        network.eval()
+    modes = []
+    hook = lambda network, *_: modes.append((type(network).__name__, network.training))  # noqa: E731
+    handles = [
+        network.register_forward_hook(hook) for network in (state.encoder, state.decoder, state.image_discriminator)
+    ]
+    image_discriminator_step(state, recipe)
+    autoencoder_step(state, recipe)
+    for handle in handles:
+        handle.remove()
+    assert {name for name, _ in modes} == {"Encoder", "Decoder", "ImageDiscriminator"}
+    assert all(training for _, training in modes)
+
+
+def test_an_adversary_without_weight_is_not_trained(recipe, pixels):
+    recipe = replace(recipe, latent_weight=0.0, image_weight=0.0)
+    state = TrainingState(recipe, pixels, device=CPU)
+    before = parameters_of(state.latent_discriminator) + parameters_of(state.image_discriminator)
+    losses: list[dict[str, float]] = []
+    train(state, recipe, losses.append)
+    assert equal(before, parameters_of(state.latent_discriminator) + parameters_of(state.image_discriminator))
+    assert all(set(step) == {"reconstruction"} for step in losses)
+
+
+def test_the_latent_adversary_pulls_codes_towards_the_prior(recipe, pixels):
+    """An encoder whose codes are far from N(0, I) comes closer, with nothing but the adversary to push it."""
+    recipe = replace(recipe, l2_weight=1e-6, gradient_weight=0.0, latent_weight=1.0, image_weight=0.0, steps=150)
+    recipe = replace(recipe, latent_loss="bce", learning_rate=2e-3, discriminator_learning_rate=2e-3)
+    state = TrainingState(recipe, pixels, device=CPU)
+    with torch.no_grad():
+        bias = state.encoder.layers[-1].bias
+        assert isinstance(bias, Tensor)
+        bias.fill_(4.0)
+    before = state.encoder.train()(normalise(pixels)).mean()
+    train(state, recipe, lambda _: None)
+    after = state.encoder(normalise(pixels)).mean()
+    assert before > 3.5
+    assert after.abs() < 2.5
+
+
+def test_a_loss_that_is_not_finite_stops_training_by_name(recipe, pixels):
+    state = TrainingState(recipe, pixels, device=CPU)
+    with torch.no_grad():
+        next(state.decoder.parameters()).fill_(float("nan"))
+    recipe = replace(recipe, image_weight=0.0)
+    with pytest.raises(TrainingDivergedError, match="reconstruction loss is nan at step 1"):
+        train(state, recipe, lambda _: None)
+
+
+def test_the_reconstruction_loss_falls(recipe, pixels):
+    losses: list[float] = []
+    recipe = replace(recipe, steps=60, corruption=0.0)
+    train(TrainingState(recipe, pixels[:4], device=CPU), recipe, lambda step: losses.append(step["reconstruction"]))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_cosine_schedule_goes_from_the_full_rate_towards_zero(recipe, pixels):
+    recipe = replace(recipe, steps=100)
+    state = TrainingState(recipe, pixels, device=CPU)
+    rates = []
+    for state.step in (0, 50, 99):
+        set_learning_rates(state, recipe)
+        rates.append(state.autoencoder_optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 5e-4, 1e-3 * 0.000246719], rel=1e-4)
+    set_learning_rates(state, replace(recipe, schedule="constant"))
+    assert state.image_optimizer.param_groups[0]["lr"] == recipe.discriminator_learning_rate
+
+
+def test_without_averaging_the_scoring_weights_are_the_trained_ones(recipe, pixels):
+    state = trained(replace(recipe, ema=0.0), pixels)
+    encoder, decoder = scoring_networks(state)
+    assert equal(parameters_of(encoder), parameters_of(state.encoder))
+    assert equal(parameters_of(decoder), parameters_of(state.decoder))
+
+
+def test_averaged_weights_lag_behind_the_trained_ones(recipe, pixels):
+    state = trained(replace(recipe, steps=30, ema=0.999), pixels)
+    assert not equal(parameters_of(state.averaged[0]), parameters_of(state.encoder))
+
+
+def test_scoring_networks_are_frozen_statistics_of_the_clean_training_images(recipe, pixels):
+    state = trained(recipe, pixels)
+    encoder, decoder = scoring_networks(state)
+    assert not encoder.training
+    assert not decoder.training
+    convolution, norm = list(encoder.modules())[2:4]
+    seen = convolution(normalise(pixels))
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert torch.allclose(norm.running_mean, seen.mean(dim=(0, 2, 3)), atol=1e-5)
+    alone = raw_scores(encoder, decoder, pixels[:1]).scores
+    assert alone == pytest.approx(raw_scores(encoder, decoder, pixels).scores[:1], abs=1e-5)
+    assert not equal(list(state.averaged.buffers()), [*encoder.buffers(), *decoder.buffers()])
+
+
+def test_batches_show_every_image_once_a_pass(pixels):
+    batches = Batches(pixels, batch_size=5, seed=0)
+    first_pass = torch.cat([batches.next(), batches.next()])
+    assert sorted(first_pass.flatten(1)[:, :9].sum(dim=1).tolist()) == pytest.approx(
+        sorted(normalise(pixels).flatten(1)[:, :9].sum(dim=1).tolist())
+    )
+    second_pass = torch.cat([batches.next(), batches.next()])
+    assert not torch.equal(first_pass, second_pass)
+
+
+def test_batches_of_fewer_images_than_a_batch_hold_them_all(pixels):
+    assert len(Batches(pixels[:3], batch_size=16, seed=0).next()) == 3
+
+
+def test_batches_resumed_go_on_where_they_stood(pixels):
+    batches = Batches(pixels, batch_size=4, seed=3)
+    drawn = [batches.next() for _ in range(7)]
+    for start in range(7):
+        resumed = Batches(pixels, batch_size=4, seed=3)
+        resumed.resume(start)
+        assert all(torch.equal(resumed.next(), batch) for batch in drawn[start:])
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_with_mixed_precision_stays_close_to_the_cpu(recipe, pixels):
+    recipe = replace(recipe, mixed_precision=True, corruption=0.0)  # whose random numbers differ by device
+    losses: dict[str, list[dict[str, float]]] = {"cpu": [], "cuda": []}
+    for device, found in losses.items():
+        train(TrainingState(recipe, pixels, device=torch.device(device)), recipe, found.append)
+    assert losses["cuda"][0]["reconstruction"] == pytest.approx(losses["cpu"][0]["reconstruction"], rel=0.05)

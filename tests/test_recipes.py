@@ -1,0 +1,245 @@
+"""Recipes: what ships loads, what is wrong is refused by key, value and what is allowed instead."""
+
+import re
+import tomllib
+from dataclasses import FrozenInstanceError, asdict, fields
+from typing import get_args, get_origin
+
+import pytest
+
+from models.errors import ConfigError
+from training.config import RECIPES, Recipe, load_recipe, recipe_from_dict, recipe_names
+
+KEYS = {field.name: field.type for field in fields(Recipe)}
+
+# key, text of the value, what the refusal says is allowed
+REFUSED = [
+    ("image_size", "16", "multiples of 16 from 32 to 512"),
+    ("image_size", "528", "multiples of 16 from 32 to 512"),
+    ("image_size", "72", "multiples of 16 from 32 to 512"),
+    ("image_size", "64.0", "a whole number"),
+    ("channels", "2", "1 (gray) and 3 (colour)"),
+    ("width", "0", "multiples of 8 from 8 to 256"),
+    ("width", "264", "multiples of 8 from 8 to 256"),
+    ("width", "12", "multiples of 8 from 8 to 256"),
+    ("latent", "sphere", "vector, grid"),
+    ("latent", "", "vector, grid"),
+    ("latent", "grid=grid", "vector, grid"),
+    ("latent_dim", "0", "1 to 1024"),
+    ("latent_dim", "1025", "1 to 1024"),
+    ("batch_norm", "none", "before, after"),
+    ("corruption", "-0.1", "0 to 1"),
+    ("corruption", "1.1", "0 to 1"),
+    ("corruption", "half", "a number"),
+    ("l2_weight", "-1", "0 or more"),
+    ("ssim_weight", "-1", "0 or more"),
+    ("gradient_weight", "-1", "0 or more"),
+    ("latent_loss", "wgan", "bce, wgan-gp"),
+    ("latent_loss", "BCE", "bce, wgan-gp"),
+    ("latent_weight", "-0.001", "0 or more"),
+    ("latent_n_critic", "0", "1 or more"),
+    ("image_loss", "hinge", "bce, wgan-gp"),
+    ("image_weight", "-0.001", "0 or more"),
+    ("image_n_critic", "-1", "1 or more"),
+    ("image_n_critic", "1.5", "a whole number"),
+    ("gradient_penalty_weight", "0", "more than 0"),
+    ("steps", "0", "1 or more"),
+    ("steps", "1e3", "a whole number"),
+    ("steps", "", "a whole number"),
+    ("batch_size", "1", "2 or more"),
+    ("learning_rate", "0", "more than 0, up to 1"),
+    ("learning_rate", "1.5", "more than 0, up to 1"),
+    ("discriminator_learning_rate", "-1e-4", "more than 0, up to 1"),
+    ("schedule", "linear", "constant, cosine"),
+    ("ema", "1", "0 up to, but not including, 1"),
+    ("ema", "-0.5", "0 up to, but not including, 1"),
+    ("mixed_precision", "True", "true, false"),
+    ("mixed_precision", "1", "true, false"),
+    ("seed", "-1", "0 to 2147483647"),
+    ("seed", "2147483648", "0 to 2147483647"),
+    ("calibration_fraction", "0", "more than 0, up to 0.5"),
+    ("calibration_fraction", "0.6", "more than 0, up to 0.5"),
+    ("alpha", "0", "more than 0, less than 1"),
+    ("alpha", "1", "more than 0, less than 1"),
+    ("save_every", "0", "1 or more"),
+]
+# As TOML or a run's JSON may hold them: the right text is not enough, the type decides.
+WRONG_TYPES = [
+    ("image_size", 64.0),
+    ("steps", True),
+    ("seed", "0"),
+    ("latent", 3),
+    ("latent", None),
+    ("corruption", "0.5"),
+    ("corruption", True),
+    ("alpha", None),
+    ("schedule", ["cosine"]),
+    ("mixed_precision", 1),
+    ("mixed_precision", "true"),
+]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load_with_every_value_of_their_file(name):
+    values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+    assert asdict(load_recipe(name, [])) == values
+
+
+def test_the_recipes_that_the_command_line_relies_on_are_shipped():
+    assert {"default", "tiny"} <= set(recipe_names())
+
+
+def test_every_key_has_a_refused_value_here():
+    assert {key for key, _, _ in REFUSED} == set(KEYS)
+
+
+@pytest.mark.parametrize(("key", "text", "allowed"), REFUSED)
+def test_a_wrong_value_is_refused_by_key_value_and_what_is_allowed(key, text, allowed):
+    with pytest.raises(ConfigError) as refusal:
+        load_recipe("tiny", [f"{key}={text}"])
+    sentence = re.fullmatch(r"(\w+) is (.+?): (.+)\.", str(refusal.value))
+    assert sentence is not None
+    named, value, rest = sentence.groups()
+    assert named == key
+    assert value in (text, repr(text), str(float(text)) if _is_number(text) else "")
+    assert allowed in rest
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_TYPES)
+def test_a_value_of_the_wrong_type_is_refused_by_key_and_value(key, value):
+    values = asdict(load_recipe("tiny", [])) | {key: value}
+    with pytest.raises(ConfigError, match=rf"^{key} is ") as refusal:
+        recipe_from_dict(values)
+    assert str(value) in str(refusal.value)
+    assert "allowed" in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("key", [key for key, kind in KEYS.items() if kind is float])
+def test_a_float_that_is_not_finite_is_refused(key, text):
+    with pytest.raises(ConfigError, match=rf"^{key} is -?(nan|inf): allowed"):
+        load_recipe("tiny", [f"{key}={text}"])
+
+
+def test_a_reconstruction_loss_without_any_term_is_refused():
+    with pytest.raises(ConfigError, match="l2_weight, ssim_weight and gradient_weight are all 0"):
+        load_recipe("tiny", ["l2_weight=0", "ssim_weight=0", "gradient_weight=0"])
+
+
+@pytest.mark.parametrize("weight", ["l2_weight", "ssim_weight", "gradient_weight"])
+def test_one_term_of_the_reconstruction_loss_is_enough(weight):
+    zeros = ["l2_weight=0", "ssim_weight=0", "gradient_weight=0"]
+    assert getattr(load_recipe("tiny", [*zeros, f"{weight}=0.5"]), weight) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("image_size", "512", 512),
+        ("image_size", "32", 32),
+        ("channels", "1", 1),
+        ("width", "8", 8),
+        ("latent", "vector", "vector"),
+        ("latent_dim", "1024", 1024),
+        ("batch_norm", "after", "after"),
+        ("corruption", "0", 0.0),
+        ("corruption", "1", 1.0),
+        ("latent_weight", "0", 0.0),
+        ("latent_loss", "wgan-gp", "wgan-gp"),
+        ("image_n_critic", "5", 5),
+        ("learning_rate", "1e-4", 1e-4),
+        ("learning_rate", "1", 1.0),
+        ("schedule", "constant", "constant"),
+        ("ema", "0", 0.0),
+        ("mixed_precision", "true", True),
+        ("mixed_precision", "false", False),
+        ("seed", "2147483647", 2**31 - 1),
+        ("calibration_fraction", "0.5", 0.5),
+        ("alpha", "0.01", 0.01),
+        ("batch_size", "2", 2),
+    ],
+)
+def test_an_override_is_parsed_to_the_type_of_its_key(key, text, value):
+    parsed = getattr(load_recipe("tiny", [f"{key}={text}"]), key)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(("key", "kind"), [(key, kind) for key, kind in KEYS.items() if get_origin(kind)])
+def test_every_choice_that_a_type_names_is_allowed(key, kind):
+    for choice in get_args(kind):
+        assert getattr(load_recipe("tiny", [f"{key}={choice}"]), key) == choice
+
+
+def test_an_override_changes_its_own_key_alone():
+    before, after = load_recipe("default", []), load_recipe("default", ["steps=7", "ema=0.5"])
+    assert asdict(after) == asdict(before) | {"steps": 7, "ema": 0.5}
+
+
+def test_the_later_override_of_a_key_wins():
+    assert load_recipe("tiny", ["seed=1", "steps=9", "seed=2"]).seed == 2
+
+
+def test_an_earlier_override_need_not_be_allowed_if_a_later_one_is():
+    assert load_recipe("tiny", ["steps=0", "steps=9"]).steps == 9
+
+
+@pytest.mark.parametrize("key", ["stepps", "", "Steps", "model_config", "__class__"])
+def test_an_unknown_key_is_refused_with_the_allowed_ones(key):
+    with pytest.raises(ConfigError) as refusal:
+        load_recipe("tiny", [f"{key}=1"])
+    assert f"key {key!r} does not exist" in str(refusal.value)
+    assert all(known in str(refusal.value) for known in KEYS)
+
+
+@pytest.mark.parametrize("name", ["unknown", "", "tiny.toml", "../recipes/tiny", "Tiny"])
+def test_an_unknown_recipe_is_refused_with_the_allowed_ones(name):
+    with pytest.raises(ConfigError) as refusal:
+        load_recipe(name, [])
+    assert f"recipe {name!r} does not exist" in str(refusal.value)
+    assert all(known in str(refusal.value) for known in recipe_names())
+
+
+@pytest.mark.parametrize("override", ["steps", "steps 5", "steps:5", ""])
+def test_an_override_that_is_not_key_equals_value_is_refused(override):
+    with pytest.raises(ConfigError) as refusal:
+        load_recipe("tiny", [override])
+    assert f"--set {override!r} is not of the form key=value" in str(refusal.value)
+
+
+def test_a_recipe_with_a_missing_key_is_refused_by_name():
+    values = asdict(load_recipe("tiny", []))
+    del values["ema"]
+    with pytest.raises(ConfigError, match=r"missing or unknown keys: ema\."):
+        recipe_from_dict(values)
+
+
+def test_a_recipe_with_an_unknown_key_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"missing or unknown keys: momentum\."):
+        recipe_from_dict(asdict(load_recipe("tiny", [])) | {"momentum": 0.9})
+
+
+def test_a_recipe_read_back_from_its_dictionary_is_equal():
+    recipe = load_recipe("default", ["seed=3", "mixed_precision=false"])
+    assert recipe_from_dict(asdict(recipe)) == recipe
+
+
+def test_a_recipe_cannot_be_changed():
+    recipe = load_recipe("tiny", [])
+    with pytest.raises(FrozenInstanceError):
+        recipe.steps = 1  # type: ignore[misc]
+
+
+def test_the_model_config_holds_the_recipes_own_values():
+    recipe = load_recipe("tiny", ["image_size=96", "channels=1", "width=24", "latent=vector", "latent_dim=5"])
+    config = asdict(recipe.model_config())
+    assert config == {key: getattr(recipe, key) for key in config}
+    assert (config["image_size"], config["channels"], config["latent"]) == (96, 1, "vector")

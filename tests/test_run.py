@@ -1,0 +1,224 @@
+"""A run's folder: what it holds, and that no kill and no full disk loses more than the steps since the last state."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.checkpoint import load_checkpoint
+from models.errors import CheckpointError, DataError, TrainingDivergedError, TrainingError
+from training.config import Recipe, load_recipe
+from training.run import read_run, train_folder
+
+TINY = ["image_size=32", "width=8", "latent_dim=4", "batch_size=4", "alpha=0.2", "steps=12", "save_every=4"]
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "nuts"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(16):
+        pixels = random.integers(100, 156, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("tiny", TINY)
+
+
+def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> Path:
+    return train_folder(
+        data, out, recipe=recipe, resume=resume, device=torch.device("cpu"), command="hazelnut train", console=QUIET
+    )
+
+
+def command_line(data: Path, out: Path, *more: str, steps: int = 12) -> list[str]:
+    settings = [f"--set={change}" for change in [*TINY, f"steps={steps}"]]
+    return [sys.executable, "-m", "hazelnut", "train", str(data), "--recipe=tiny", *settings, f"--out={out}", *more]
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_its_checkpoint_its_log_and_its_state(data, tmp_path, recipe):
+    checkpoint = load_checkpoint(run(data, tmp_path / "run", recipe))
+    assert checkpoint.config == recipe.model_config()
+    assert checkpoint.origin["name"] == "nuts"
+    assert checkpoint.origin["recipe"]["steps"] == 12
+    assert checkpoint.origin["training_images"] + checkpoint.calibration.n == 16
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 12]
+    assert lines[0]["images_per_second"] > 0
+    assert {"reconstruction", "latent_discriminator", "image_adversarial"} <= set(lines[0])
+
+
+def test_tensorboard_shows_the_losses_that_the_log_holds(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    shown = [(event.step, event.value) for event in events.Scalars("reconstruction")]
+    assert shown == [(line["step"], pytest.approx(line["reconstruction"])) for line in lines]
+
+
+def test_a_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path):
+    """SIGKILL at whatever step the process happens to be."""
+    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", 60
+    subprocess.run(command_line(data, whole, steps=steps), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command_line(data, killed, steps=steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _wait_for_the_first_state(killed / "state.pt", process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command_line(data, killed, "--resume", steps=steps), check=True, capture_output=True)
+    assert weights(killed / "checkpoint") == weights(whole / "checkpoint")
+    assert load_checkpoint(killed / "checkpoint").origin == {
+        **load_checkpoint(whole / "checkpoint").origin,
+        "command": load_checkpoint(killed / "checkpoint").origin["command"],
+    }
+    logged = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
+    assert logged == list(range(10, steps + 1, 10))
+
+
+def _wait_for_the_first_state(path: Path, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, "training ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("left_behind", [[], [".run.json.new"]])
+def test_a_run_killed_before_its_first_state_is_resumed_from_the_start(data, tmp_path, recipe, left_behind):
+    whole = run(data, tmp_path / "whole", recipe)
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in left_behind:
+        (out / name).write_text("{")
+    assert weights(run(data, out, recipe, resume=True)) == weights(whole)
+
+
+def test_a_finished_run_resumed_writes_the_same_checkpoint(data, tmp_path, recipe):
+    checkpoint = run(data, tmp_path / "run", recipe)
+    before = weights(checkpoint)
+    shutil.rmtree(checkpoint)
+    assert weights(run(data, tmp_path / "run", recipe, resume=True)) == before
+
+
+def test_a_torn_log_line_is_written_again_on_resume(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    log = tmp_path / "run/log.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 12, "images_pe')
+    run(data, tmp_path / "run", recipe, resume=True)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [10, 12]
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    with pytest.raises(TrainingError, match="holds a run already: --resume"):
+        run(data, tmp_path / "run", recipe)
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(data, recipe):
+    with pytest.raises(TrainingError, match="is not a run"):
+        run(data, data, recipe)
+    assert len(list(data.iterdir())) == 16
+
+
+def test_resuming_with_another_recipe_is_refused_by_key(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    with pytest.raises(TrainingError, match=r"another recipe \(steps differ\)"):
+        run(data, tmp_path / "run", load_recipe("tiny", [*TINY, "steps=13"]), resume=True)
+
+
+def test_resuming_on_other_images_is_refused(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    for path in sorted(data.iterdir())[:8]:
+        path.unlink()
+    with pytest.raises(TrainingError, match="other images"):
+        run(data, tmp_path / "run", recipe, resume=True)
+
+
+def test_a_state_that_cannot_be_read_is_named(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    (tmp_path / "run/state.pt").write_bytes(b"not a state")
+    with pytest.raises(TrainingError, match=r"state\.pt cannot be read"):
+        run(data, tmp_path / "run", recipe, resume=True)
+
+
+def test_a_run_record_that_is_not_one_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(TrainingError, match="does not describe a run"):
+        read_run(tmp_path)
+
+
+def test_one_training_image_is_refused(tmp_path, recipe):
+    for index in range(5):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    with pytest.raises(DataError):
+        run(tmp_path, tmp_path / "run", recipe)
+
+
+def test_a_diverging_run_stops_without_a_checkpoint(data, tmp_path):
+    recipe = load_recipe("tiny", [*TINY, "l2_weight=1e39"])  # beyond float32
+    with pytest.raises(TrainingDivergedError, match="reconstruction loss is inf at step 1"):
+        run(data, tmp_path / "run", recipe)
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path):
+    """A limit on the size of a file stands in for the full disk: the system refuses the same write."""
+    out = tmp_path / "run"
+    subprocess.run(command_line(data, out), check=True, capture_output=True)
+    state, checkpoint = (out / "state.pt").read_bytes(), weights(out / "checkpoint")
+    run_record = json.loads((out / "run.json").read_text())
+    run_record["recipe"]["steps"] = 16  # so that there is something left to do, and to save
+    (out / "run.json").write_text(json.dumps(run_record))
+    limit = len(state) // 2
+    result = subprocess.run(
+        [sys.executable, "-m", "hazelnut", "train", str(data), f"--out={out}", "--resume"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "File too large" in result.stderr
+    assert "--resume goes on from its last state" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (out / "state.pt").read_bytes() == state
+    assert weights(out / "checkpoint") == checkpoint
+    assert not list(out.glob(".*"))
+
+
+def test_a_full_disk_while_the_checkpoint_is_saved_keeps_the_last_good_one(data, tmp_path, recipe):
+    checkpoint = run(data, tmp_path / "run", recipe)
+    before = weights(checkpoint)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            run(data, tmp_path / "run", recipe, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert weights(checkpoint) == before
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")} == set()
+    load_checkpoint(checkpoint)

@@ -1,0 +1,46 @@
+"""What training would do, from a few real steps; nothing is written."""
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from models.networks import parameter_count
+from training.config import Recipe
+from training.data import load_images, read_dataset
+from training.loop import TrainingState, train
+from training.progress import peak_memory_bytes
+from training.run import split_images
+
+STEPS = 4
+SAMPLE = 64  # images that are read for it
+
+
+def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Console) -> None:
+    """Print the resolved recipe, the splits, the parameter counts and an estimate of time and memory."""
+    split = split_images(data, recipe)
+    console.print("[bold]recipe")
+    for key, value in asdict(recipe).items():
+        console.print(f"  {key} = {json.dumps(value)}", highlight=False)
+
+    console.print("[bold]images")
+    test = read_dataset(data).test
+    console.print(f"  {len(split.training)} training, {len(split.calibration)} calibration, {len(test)} test")
+
+    sample = load_images(split.training[:SAMPLE], channels=recipe.channels, size=recipe.image_size)
+    state = TrainingState(recipe, sample, device=device)
+    console.print("[bold]parameters")
+    for name in ("encoder", "decoder", "latent_discriminator", "image_discriminator"):
+        console.print(f"  {name} {parameter_count(getattr(state, name)):,}")
+
+    ends: list[float] = []
+    train(state, replace(recipe, steps=STEPS), lambda _: ends.append(time.perf_counter()))
+    minutes = float(np.median(np.diff(ends))) * recipe.steps / 60  # from the first step's end: it warms up
+    unread = (len(split.training) - len(sample)) * sample[0].numel()
+    memory = (peak_memory_bytes(device) + unread) / 2**30
+    console.print("[bold]estimate")
+    console.print(f"  {minutes:.1f} minutes for {recipe.steps} steps on {device.type}, {memory:.2f} GiB at the peak")
