@@ -30,7 +30,7 @@ fix: install
 
 # Everything at the version and with the hash that requirements/dev.txt names, then the project itself.
 .venv/installed: requirements/dev.txt pyproject.toml | $(UV)
-	$(UV) venv --quiet --clear --python $(PYTHON) .venv
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip sync --quiet --require-hashes --python .venv requirements/dev.txt
 	$(UV) pip install --quiet --no-deps --no-build-isolation --python .venv --editable .
 	touch $@

@@ -208,7 +208,7 @@ def test_opacities_reach_from_faint_to_full():
 
 
 def test_defects_are_longer_than_wide_in_every_direction():
-    """The main axis of a defect, from its second moments: all four octants of directions occur."""
+    """The main axis of a defect, from its second moments: across, down and both diagonals are about as frequent."""
     _, mask = corrupted(noise(256, channels=1, size=128))
     axis = torch.linspace(-1, 1, 128)
     weight = mask[:, 0] / mask[:, 0].sum(dim=(1, 2), keepdim=True)
@@ -221,4 +221,5 @@ def test_defects_are_longer_than_wide_in_every_direction():
     ratio = (((xx + yy) / 2 + spread) / ((xx + yy) / 2 - spread)).sqrt()
     assert ratio.median() > 1.5
     angle = torch.rad2deg(torch.atan2(2 * xy, xx - yy) / 2)[ratio > 1.5]  # -90 to 90
-    assert (torch.histc(angle, bins=4, min=-90, max=90) > 10).all()
+    share = torch.histc((angle + 22.5) % 180, bins=4, min=0, max=180) / len(angle)
+    assert (share > 0.15).all()

@@ -25,6 +25,8 @@ from training.data import GOOD, Dataset, TestImage, load_mask, read_dataset
 from training.inference import FailedImage, ScoredImage, score_images
 from training.progress import peak_memory_bytes, progress_bar
 
+ImageMetric = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
+
 FPR_LIMITS = (0.3, 0.05)
 FIGURES = {
     "auroc": "AUROC",
@@ -141,8 +143,8 @@ def image_level(measured: Measured) -> dict[str, Any] | None:
     if labels.all() or not labels.any():
         return None
     return {
-        "auroc": _with_interval(metrics.image_auroc, labels, scores),
-        "ap": _with_interval(metrics.image_ap, labels, scores),
+        "auroc": _with_interval(metrics.image_auroc, labels, scores, resampled=metrics.rank_auroc),
+        "ap": _with_interval(metrics.image_ap, labels, scores, resampled=metrics.image_ap),
         "f1_max": metrics.f1_max(labels, scores),
         "auroc_of_each_score": {
             name: metrics.image_auroc(labels, measured.scores[:, index]) for index, name in enumerate(SCORE_NAMES)
@@ -219,7 +221,9 @@ def by_defect(
             regions = _mean_with_interval(areas[of_kind], statistics.region_images[of_kind])
         report[str(kind)] = {
             "images": int(labels.sum()),
-            "auroc": None if labels.all() else _with_interval(metrics.image_auroc, labels, scores),
+            "auroc": None
+            if labels.all()
+            else _with_interval(metrics.image_auroc, labels, scores, resampled=metrics.rank_auroc),
             "found_at_alpha": float((measured.p_values[measured.defects == kind] <= alpha).mean()),
             f"aupro_{FPR_LIMITS[0]}": regions,
         }
@@ -227,11 +231,9 @@ def by_defect(
 
 
 def _with_interval(
-    metric: Callable[[NDArray[np.bool_], NDArray[np.float64]], float],
-    labels: NDArray[np.bool_],
-    scores: NDArray[np.float64],
+    metric: ImageMetric, labels: NDArray[np.bool_], scores: NDArray[np.float64], *, resampled: ImageMetric
 ) -> dict[str, float]:
-    low, high = metrics.bootstrap_interval(metric, labels, scores)
+    low, high = metrics.bootstrap_interval(resampled, labels, scores)
     return {"value": metric(labels, scores), "low": low, "high": high}
 
 

@@ -36,6 +36,12 @@ def image_auroc(labels: BoolArray, scores: FloatArray) -> float:
     return float(roc_auc_score(labels, scores))
 
 
+def rank_auroc(labels: BoolArray, scores: FloatArray) -> float:
+    """image_auroc by ranks (Mann and Whitney, 1947): the same number in a tenth of the time, for the bootstrap."""
+    ranks, anomalous = stats.rankdata(scores), int(labels.sum())
+    return float((ranks[labels].sum() - anomalous * (anomalous + 1) / 2) / (anomalous * (len(labels) - anomalous)))
+
+
 def image_ap(labels: BoolArray, scores: FloatArray) -> float:
     """Average precision of (N,) images. Raises ValueError unless some are good and some anomalous."""
     _check_labels(labels)

@@ -8,18 +8,20 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A task's field `detail` is shown on a line of its own, as far as the terminal is wide."""
+    """A task's field `detail` is shown as far as the terminal is wide."""
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         console=console,
+        expand=True,
     )
     with bar:
         yield bar

@@ -164,7 +164,9 @@ def _train_and_log(state: TrainingState, recipe: Recipe, out: Path, console: Con
 
 
 def _shown(rate: float, losses: dict[str, float]) -> str:
-    return f"{rate:.0f} images/s  " + "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
+    # A narrow terminal cuts the end off.
+    first = sorted(losses, key=lambda name: name != "reconstruction")
+    return f"{rate:.0f} images/s  " + "  ".join(f"{name} {losses[name]:.3g}" for name in first)
 
 
 def _forget_steps_after(log: Path, step: int) -> None:

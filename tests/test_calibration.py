@@ -1,0 +1,316 @@
+"""p-values, thresholds and the fusion of the scores, against brute force and by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from models.calibration import MIN_CALIBRATION_IMAGES, SCORE_NAMES, Calibration, images_needed
+from models.errors import CalibrationError
+
+Array = NDArray[np.float64]
+MAP = SCORE_NAMES.index("anomaly_map")
+
+
+def calibration_of(n: int, *, seed: int = 0, alpha: float | None = None) -> Calibration:
+    scores = np.random.default_rng(seed).normal(loc=[0.2, 1.4, 0.7], scale=[0.02, 0.1, 0.05], size=(n, 3))
+    return Calibration(scores=scores, alpha=1 / (n + 1) if alpha is None else alpha)
+
+
+def p_values(calibration: Calibration, parts: Array) -> Array:
+    """Of parts (B, 3), as models.scoring asks for them."""
+    return calibration.p_value(calibration.anomaly_score(parts))
+
+
+def p_value_by_definition(scores: Array, part: Array) -> float:
+    """Each calibration image is standardised by the others, the part by all of them: slowly, one by one."""
+    n = len(scores)
+    part_score = ((part - scores.mean(axis=0)) / scores.std(axis=0, ddof=1)).max()
+    at_least = 0
+    for index in range(n):
+        others = np.delete(scores, index, axis=0)
+        at_least += ((scores[index] - others.mean(axis=0)) / others.std(axis=0, ddof=1)).max() >= part_score
+    return float((1 + at_least) / (n + 1))
+
+
+# p-values
+
+
+@pytest.mark.parametrize("n", [4, 5, 19, 39, 200])
+def test_p_value_is_the_share_of_calibration_images_that_score_as_high(n):
+    calibration = calibration_of(n)
+    centre, spread = calibration.scores.mean(axis=0), calibration.scores.std(axis=0)
+    parts = centre + spread * np.random.default_rng(1).normal(scale=2, size=(60, 3))
+    expected = [p_value_by_definition(calibration.scores, part) for part in parts]
+    assert len(set(expected)) >= 4
+    assert p_values(calibration, parts) == pytest.approx(np.array(expected), abs=1e-12)
+
+
+def test_p_value_counts_a_calibration_image_that_is_just_like_the_part():
+    """Two images of 0, two of 2: a part of 2 is as anomalous as two of them, a part of 0 as all four."""
+    calibration = Calibration(scores=np.repeat([[0.0] * 3, [2.0] * 3], 2, axis=0), alpha=0.2)
+    parts = np.repeat([[3.0], [2.0], [1.0], [0.0], [-1.0]], 3, axis=1)
+    assert p_values(calibration, parts).tolist() == [1 / 5, 3 / 5, 3 / 5, 5 / 5, 5 / 5]
+
+
+def test_p_value_stays_between_its_smallest_and_one():
+    calibration = calibration_of(19)
+    parts = np.array([[-1e6] * 3, [0.2, 1.4, 0.7], [1e6] * 3])
+    lowest, middle, highest = p_values(calibration, parts)
+    assert lowest == 1
+    assert 0.05 < middle < 1
+    assert highest == 0.05
+
+
+def test_p_value_falls_as_a_score_rises():
+    calibration = calibration_of(39)
+    parts = np.repeat(calibration.scores.mean(axis=0, keepdims=True), 400, axis=0)
+    parts[:, 0] += np.linspace(-5, 5, 400) * 0.02
+    falling = p_values(calibration, parts)
+    assert (np.diff(falling) <= 0).all()
+    assert falling[0] > 0.5
+    assert falling[-1] == 1 / 40
+    assert len(set(falling)) > 10
+
+
+def test_p_value_of_an_image_does_not_depend_on_its_batch():
+    calibration = calibration_of(19)
+    parts = calibration_of(30, seed=1).scores
+    alone = [float(p_values(calibration, part[None])[0]) for part in parts]
+    assert len(set(alone)) > 5
+    assert p_values(calibration, parts).tolist() == alone
+    assert p_values(calibration, parts[::-1]).tolist() == alone[::-1]
+
+
+def test_the_order_of_the_calibration_images_does_not_matter():
+    calibration = calibration_of(19)
+    turned = Calibration(scores=calibration.scores[::-1].copy(), alpha=0.05)
+    parts = calibration_of(50, seed=1).scores
+    assert turned.anomaly_score(parts) == pytest.approx(calibration.anomaly_score(parts))
+    assert p_values(turned, parts) == pytest.approx(p_values(calibration, parts))
+    assert turned.map_level(0.05) == calibration.map_level(0.05)
+
+
+def good_scores(distribution: str, *, generator: np.random.Generator, shape: tuple[int, int, int]) -> Array:
+    """(repetitions, images, 3), exchangeable within a repetition."""
+    one_in_twenty = generator.random((*shape[:2], 1)) < 0.05
+    drawn = {
+        "normal": generator.normal(size=shape),
+        "heavy tailed": generator.standard_t(3, size=shape),
+        "skewed": generator.lognormal(size=shape),
+        "one cause": generator.lognormal(size=(*shape[:2], 1)) * [1.0, 2.0, 3.0],
+        "dust on one in twenty": generator.normal(size=shape) + 10_000 * one_in_twenty,
+        "equal but one in twenty": np.full(shape, 0.1) + one_in_twenty,
+    }
+    return np.asarray(drawn[distribution], dtype=np.float64)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    ["normal", "heavy tailed", "skewed", "one cause", "dust on one in twenty", "equal but one in twenty"],
+)
+@pytest.mark.parametrize("n", [19, 39])
+def test_good_parts_are_flagged_no_more_often_than_alpha(n, distribution):
+    """2000 calibrations of n images, 20 good parts each: p <= alpha for a share of alpha at most.
+
+    The alphas are those that n gives exactly. The slack is sampling: the rate of one calibration, around k / (n + 1),
+    has the Beta(k, n + 1 - k) distribution, so three standard deviations of 2000 are 0.006 at 0.2 and less below it.
+    """
+    repetitions, parts = 2000, 20
+    scores = good_scores(distribution, generator=np.random.default_rng(7), shape=(repetitions, n + parts, 3))
+    alphas = np.array([1, 2, 4]) / (n + 1)
+    flagged = np.zeros(3)
+    for one in scores:
+        calibration = Calibration(scores=one[:n], alpha=1 / (n + 1))
+        flagged += (p_values(calibration, one[n:])[:, None] <= alphas + 1e-12).sum(axis=0)
+    rate = flagged / (repetitions * parts)
+    slack = 3 * np.sqrt(alphas * (1 - alphas) / (n + 2) / repetitions)
+    assert (rate <= alphas + slack).all(), f"{rate} at {alphas}"
+    if "equal" not in distribution:  # ties only ever make for caution
+        assert (rate >= 0.5 * alphas).all(), f"{rate} at {alphas}"
+
+
+# Fusion
+
+
+def test_anomaly_score_is_the_largest_standardised_score():
+    calibration = calibration_of(19)
+    mean, deviation = calibration.scores.mean(axis=0), calibration.scores.std(axis=0, ddof=1)
+    queries = np.array([mean, mean + [3, 0, 0] * deviation, mean + [1, 2, 5] * deviation, mean - deviation])
+    assert calibration.anomaly_score(queries) == pytest.approx([0, 3, 5, -1], abs=1e-9)
+
+
+def test_anomaly_score_does_not_depend_on_a_scores_unit():
+    calibration = calibration_of(19)
+    unit = np.array([100.0, 0.001, 7.0])
+    scaled = Calibration(scores=calibration.scores * unit, alpha=0.05)
+    parts = calibration_of(50, seed=1).scores
+    assert scaled.anomaly_score(parts * unit) == pytest.approx(calibration.anomaly_score(parts))
+    assert np.array_equal(p_values(scaled, parts * unit), p_values(calibration, parts))
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(4, 40), offset=st.sampled_from([0.0, 1.0, 1000.0]))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_p_value_is_its_definition_wherever_the_scores_lie(seed, n, offset):
+    scores = offset + np.random.default_rng(seed).lognormal(size=(n + 3, 3))
+    calibration = Calibration(scores=scores[:n], alpha=0.5)
+    expected = [p_value_by_definition(scores[:n], part) for part in scores[n:]]
+    assert p_values(calibration, scores[n:]).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.42, 1e6])
+@pytest.mark.parametrize("constant", [[0], [MAP], [0, 1, 2]])
+def test_scores_that_never_vary_are_calibrated_all_the_same(constant, value):
+    scores = calibration_of(19).scores.copy()
+    scores[:, constant] = value
+    calibration = Calibration(scores=scores, alpha=0.05)
+    alike = scores.mean(axis=0, keepdims=True)
+    alike[:, constant] = value
+    assert np.isfinite(calibration.anomaly_score(alike)).all()
+    assert p_values(calibration, alike) > 0.05  # a part like all the others is good
+    worse = alike.copy()
+    worse[:, constant] = value + 0.01 * max(value, 1)
+    assert np.isfinite(calibration.anomaly_score(worse)).all()
+    assert p_values(calibration, worse).tolist() == [0.05]
+    assert np.isfinite(calibration.map_level(0.05))
+
+
+def test_one_dusty_calibration_image_does_not_make_good_parts_anomalous():
+    """It takes the highest rank. At alpha = 2 / (n + 1) a good part must then beat the 18 others: one in 19 does."""
+    flagged = []
+    for seed in range(50):
+        scores = np.random.default_rng(seed).normal(size=(119, 3))
+        scores[0] += 10_000
+        flagged.append(p_values(Calibration(scores=scores[:19], alpha=0.05), scores[19:]) <= 0.1)
+    assert 0.02 < np.mean(flagged) < 0.08
+
+
+@pytest.mark.parametrize("value", [0.1, 1.42, 1e6])
+def test_a_part_that_equals_all_calibration_images_but_one_is_good(value):
+    scores = np.full((19, 3), value)
+    scores[7] += 0.5
+    calibration = Calibration(scores=scores, alpha=0.05)
+    assert p_values(calibration, np.full((1, 3), value)) == 1
+    assert p_values(calibration, np.full((1, 3), value + 0.5)) == 0.1
+
+
+# alpha
+
+
+@pytest.mark.parametrize("n", [4, 19, 39, 99])
+def test_check_alpha_takes_what_n_images_can_resolve(n):
+    calibration = calibration_of(n)
+    assert calibration.smallest_alpha == 1 / (n + 1)
+    for alpha in (calibration.smallest_alpha, 0.5, 0.999):
+        calibration.check_alpha(alpha)
+    for alpha in (0.99 / (n + 1), 0.0, -0.1, 1.0, 1.5, math.nan, math.inf, -math.inf):
+        with pytest.raises(CalibrationError, match=f"alpha is {alpha:g}: {n} calibration images allow"):
+            calibration.check_alpha(alpha)
+        with pytest.raises(CalibrationError):
+            calibration.map_level(alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.1, 0.05, 0.04, 0.025, 0.02, 0.0125, 0.01, 0.005, 0.004, 0.002, 0.001])
+def test_an_alpha_as_a_person_writes_it_is_resolved_by_its_number_of_images(alpha):
+    """And the smallest p-value of so many images is at most alpha as floats, too: otherwise nothing is flagged."""
+    calibration = calibration_of(images_needed(alpha), alpha=alpha)
+    assert p_values(calibration, np.full((1, 3), 1e6))[0] <= alpha
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.2, 0.1, 0.05, 0.04, 0.03, 0.025, 0.02, 0.01, 0.005, 0.001, 1 / 7, 1 / 3])
+def test_images_needed_are_the_fewest_that_resolve_alpha(alpha):
+    n = images_needed(alpha)
+    calibration_of(n, alpha=alpha)
+    if n > MIN_CALIBRATION_IMAGES:
+        with pytest.raises(CalibrationError, match=f"{n - 1} calibration images allow"):
+            calibration_of(n - 1, alpha=alpha)
+
+
+def test_images_needed_undoes_smallest_alpha():
+    for n in range(MIN_CALIBRATION_IMAGES, 2000):
+        assert images_needed(1 / (n + 1)) == n
+
+
+# Level of the map
+
+
+def level_by_brute_force(peaks: Array, alpha: float) -> float:
+    """The lowest calibration peak as level, such that a map which exceeds it has a p-value of alpha or less."""
+    n = len(peaks)
+    for level in sorted(peaks):
+        above = level + 1e-9
+        if (1 + sum(peak >= above for peak in peaks)) / (n + 1) <= alpha + 1e-12:
+            return float(level)
+    raise AssertionError("no level")
+
+
+@pytest.mark.parametrize("n", [4, 19, 39, 100])
+def test_map_level_is_the_lowest_that_good_maps_exceed_with_probability_alpha(n):
+    calibration = calibration_of(n)
+    for rank in range(1, n + 1):
+        for alpha in (rank / (n + 1), min((rank + 0.5) / (n + 1), 0.9999)):
+            assert calibration.map_level(alpha) == level_by_brute_force(calibration.scores[:, MAP], alpha)
+
+
+def test_map_level_at_the_smallest_alpha_is_the_highest_peak():
+    calibration = calibration_of(19)
+    assert calibration.map_level(0.05) == calibration.scores[:, MAP].max()
+
+
+def test_map_level_reads_the_map_and_no_other_score():
+    scores = calibration_of(19).scores.copy()
+    level = Calibration(scores=scores, alpha=0.05).map_level(0.2)
+    scores[:, [index for index in range(3) if index != MAP]] += 100
+    assert Calibration(scores=scores, alpha=0.05).map_level(0.2) == level
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.25])
+def test_good_maps_exceed_the_level_no_more_often_than_alpha(alpha):
+    """Exact in expectation; 40000 maps, so that two standard deviations are 0.0043 at most."""
+    generator = np.random.default_rng(3)
+    exceeded = 0
+    for _ in range(2000):
+        scores = generator.lognormal(size=(39, 3))
+        level = Calibration(scores=scores[:19], alpha=0.05).map_level(alpha)
+        exceeded += int((scores[19:, MAP] > level).sum())
+    assert exceeded / 40_000 == pytest.approx(alpha, abs=0.006)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_calibration_of_too_few_images_is_refused(n):
+    with pytest.raises(CalibrationError, match=f"{n} calibration images: at least 4 are needed"):
+        Calibration(scores=np.zeros((n, 3)), alpha=0.5)
+
+
+@pytest.mark.parametrize("shape", [(19,), (19, 2), (19, 4), (3, 19), (19, 3, 1)])
+def test_a_calibration_of_another_shape_is_refused(shape):
+    with pytest.raises(CalibrationError, match="calibration scores have shape"):
+        Calibration(scores=np.zeros(shape), alpha=0.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_calibration_score_that_is_not_finite_is_refused(value):
+    scores = calibration_of(19).scores.copy()
+    scores[11, 1] = value
+    with pytest.raises(CalibrationError, match="not a finite number"):
+        Calibration(scores=scores, alpha=0.05)
+
+
+def test_a_calibration_that_cannot_resolve_its_own_alpha_is_refused():
+    with pytest.raises(CalibrationError, match=r"alpha is 0.01: 19 calibration images allow 0.05"):
+        calibration_of(19, alpha=0.01)
+
+
+def test_a_score_that_is_not_a_number_is_not_called_good():
+    """Networks whose weights are broken answer NaN: the most anomalous of all, or an error, but never a good part."""
+    calibration = calibration_of(19)
+    for position in range(3):
+        scores = calibration.scores.mean(axis=0, keepdims=True)
+        scores[0, position] = math.nan
+        assert p_values(calibration, scores).tolist() == [0.05]

@@ -1,0 +1,180 @@
+"""evaluate on a small MVTec-layout folder: every figure, and what is left out where the folder cannot tell it."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+
+from models.checkpoint import Checkpoint
+from models.errors import CalibrationError, DataError
+from models.scoring import Scorer
+from tests.conftest import png
+from training.data import read_dataset
+from training.evaluation import evaluate_folder, measure, print_report, write_report
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def scorer(checkpoint: Checkpoint) -> Scorer:
+    return checkpoint.scorer(torch.device("cpu"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Six good images, four with a crack and three with a hole, of two sizes; masks for both kinds."""
+    root = tmp_path / "nuts"
+    for index in range(6):
+        _write(root / f"test/good/{index}.png", png(seed=index))
+    for kind, count in (("crack", 4), ("hole", 3)):
+        for index in range(count):
+            size = (40, 30) if index % 2 else (25, 50)
+            _write(root / f"test/{kind}/{index}.png", png(seed=10 + index, size=size))
+            mask = np.zeros((size[1], size[0]), dtype=np.uint8)
+            mask[5:10, 8:14] = 255
+            file = io.BytesIO()
+            Image.fromarray(mask).save(file, "PNG")
+            _write(root / f"ground_truth/{kind}/{index}_mask.png", file.getvalue())
+    return root
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def evaluated(scorer: Scorer, data: Path, alpha: float | None = None) -> dict[str, Any]:
+    return evaluate_folder(scorer, data, alpha=alpha, command="hazelnut evaluate", console=QUIET)
+
+
+def test_evaluation_tells_every_figure(scorer, data):
+    report = evaluated(scorer, data)
+    assert report["data"] == "nuts"
+    assert report["images"] == {"good": 6, "anomalous": 7}
+    for figure in (report["image"]["auroc"], report["image"]["ap"], report["pixel"]["aupro_0.3"]):
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    assert 0 <= report["pixel"]["aupro_0.05"]["value"] <= 1
+    assert set(report["image"]["auroc_of_each_score"]) == {"reconstruction", "latent", "anomaly_map"}
+    assert report["reconstruction"]["psnr_db"] > 0
+    assert report["reconstruction"]["ssim"] < 1
+    assert report["reconstruction"]["sharpness_ratio"] < 1  # an untrained decoder is smooth, noise is not
+    assert {kind: found["images"] for kind, found in report["defects"].items()} == {"crack": 4, "hole": 3}
+    assert report["images_per_second"] > 0
+    assert report["peak_memory_bytes"] > 2**20
+
+
+def test_evaluation_agrees_with_the_scores_of_the_images(scorer, data):
+    measured = measure(scorer, read_dataset(data), QUIET)
+    report = evaluated(scorer, data)
+    labels = measured.defects != "good"
+    assert report["image"]["auroc"]["value"] == roc_auc_score(labels, measured.anomaly_scores)
+    holes = (measured.defects == "hole") | ~labels
+    assert report["defects"]["hole"]["auroc"]["value"] == roc_auc_score(labels[holes], measured.anomaly_scores[holes])
+    assert [anomaly_map.shape for anomaly_map in measured.maps[:2]] == [(50, 25), (30, 40)]
+
+
+def test_false_alarms_are_counted_at_alpha_beside_what_alpha_promises(scorer, data):
+    measured = measure(scorer, read_dataset(data), QUIET)
+    good = measured.p_values[measured.defects == "good"]
+    for alpha in (0.05, 0.5, 0.95):
+        alarms = evaluated(scorer, data, alpha)["false_alarms"]
+        assert alarms["flagged"] == (good <= alpha).sum()
+        assert alarms["rate"] == alarms["flagged"] / 6
+        assert 0 <= alarms["promised_low"] <= alpha <= alarms["promised_high"] <= 1
+
+
+def test_aupro_over_all_regions_is_the_mean_over_the_kinds(scorer, data):
+    report = evaluated(scorer, data)
+    kinds = report["defects"].values()  # a region per image
+    mean = sum(kind["images"] * kind["aupro_0.3"]["value"] for kind in kinds) / 7
+    assert report["pixel"]["aupro_0.3"]["value"] == pytest.approx(mean)
+
+
+def test_without_masks_there_are_no_pixel_figures(scorer, data):
+    for mask in data.rglob("*_mask.png"):
+        mask.unlink()
+    report = evaluated(scorer, data)
+    assert report["pixel"] is None
+    assert report["image"] is not None
+    assert report["defects"]["crack"]["aupro_0.3"] is None
+
+
+def test_a_kind_without_masks_takes_no_part_in_the_pixel_figures(scorer, data):
+    before = evaluated(scorer, data)
+    for mask in (data / "ground_truth/hole").iterdir():
+        mask.unlink()
+    report = evaluated(scorer, data)
+    assert report["defects"]["hole"]["aupro_0.3"] is None
+    assert report["defects"]["crack"]["aupro_0.3"] is not None
+    assert report["pixel"]["auroc"] != before["pixel"]["auroc"]
+
+
+def test_without_good_test_images_there_are_no_false_alarms(scorer, data):
+    for image in (data / "test/good").iterdir():
+        image.unlink()
+    report = evaluated(scorer, data)
+    assert report["image"] is None
+    assert report["false_alarms"] is None
+    assert report["reconstruction"] is None
+    assert report["pixel"] is not None
+    assert report["defects"]["crack"]["auroc"] is None
+
+
+def test_without_defects_there_is_a_false_alarm_rate_and_no_auroc(scorer, data):
+    for image in [*data.glob("test/crack/*"), *data.glob("test/hole/*")]:
+        image.unlink()
+    report = evaluated(scorer, data)
+    assert report["image"] is None
+    assert report["pixel"] is None
+    assert report["defects"] == {}
+    assert report["false_alarms"]["flagged"] <= 6
+
+
+def test_a_folder_without_a_test_split_is_refused(scorer, tmp_path):
+    _write(tmp_path / "nuts/0.png", png())
+    with pytest.raises(DataError, match="no test images in"):
+        evaluated(scorer, tmp_path / "nuts")
+
+
+def test_every_unreadable_test_image_is_named(scorer, data):
+    (data / "test/crack/1.png").write_bytes(b"")
+    (data / "test/good/3.png").write_bytes(png()[:-30])
+    with pytest.raises(DataError, match="2 of 13 test images cannot be read") as raised:
+        evaluated(scorer, data)
+    assert "crack/1.png: image_empty: the file is empty." in str(raised.value)
+    assert "good/3.png: image_truncated" in str(raised.value)
+
+
+def test_an_alpha_that_cannot_be_resolved_is_refused_before_anything_is_scored(scorer, data):
+    (data / "test/crack/1.png").write_bytes(b"")
+    with pytest.raises(CalibrationError, match=r"alpha is 0\.01"):
+        evaluated(scorer, data, 0.01)
+
+
+@pytest.mark.parametrize("left_out", ["", "ground_truth", "test/good", "test/crack"])
+def test_the_report_is_printed_and_written_whatever_it_lacks(scorer, data, tmp_path, left_out):
+    if left_out:
+        (data / left_out).rename(tmp_path / "elsewhere")
+    report = evaluated(scorer, data)
+    write_report(report, tmp_path / "deep/evaluation.json")
+    assert json.loads((tmp_path / "deep/evaluation.json").read_text()) == report
+    console = Console(width=80, record=True, quiet=False, file=io.StringIO())
+    print_report(report, console)
+    text = console.export_text()
+    assert ("image AUROC" in text) == (report["image"] is not None)
+    assert ("pixel AUPRO@0.3" in text) == (report["pixel"] is not None)
+    assert ("false alarms at alpha 0.05" in text) == (report["false_alarms"] is not None)
+    assert all(kind in text for kind in report["defects"])
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        write_report({}, tmp_path / "file" / "evaluation.json")
