@@ -148,6 +148,10 @@ REFUSED = {
     "no width": (png_of(header(0, 16), png_chunk(b"IEND", b"")), ImageCorruptError),
     "400 megapixels": (png_of(header(20000, 20000), png_chunk(b"IEND", b"")), ImageTooLargeError),
     "animated png": (encoded(*two_frames(), file_format="PNG"), ImageAnimatedError),
+    "animated png that says so late": (
+        GOLDEN["rgb.png"][:-12] + png_chunk(b"acTL", struct.pack(">II", 2, 0)) + png_chunk(b"IEND", b""),
+        ImageAnimatedError,
+    ),
     "animated webp": (encoded(*two_frames(), file_format="WEBP"), ImageAnimatedError),
     "two pages": (encoded(*two_frames(), file_format="TIFF"), ImageAnimatedError),
     "run-length bmp": (run_length_bmp(), ImageModeError),
@@ -212,6 +216,12 @@ def test_no_prefix_of_a_golden_file_decodes(name):
     for length in range(end, len(data)):
         with suppress(ImageTruncatedError):
             assert np.array_equal(pixels_of(data[:length]), pixels_of(data))
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "rgb_444.jpg", "rgb_lossless.webp", "rgb.bmp", "rgb.tif"])
+def test_a_file_without_its_end_is_called_truncated(name):
+    with pytest.raises(ImageTruncatedError, match="ends"):
+        decode_image(GOLDEN[name][:-10])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 8, 15])

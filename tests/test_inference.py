@@ -15,7 +15,8 @@ from models.calibration import SCORE_NAMES, Calibration
 from models.checkpoint import Checkpoint
 from models.errors import CalibrationError, DataError
 from models.images import decode_image, image_tensor
-from models.scoring import Scorer
+from models.overlay import BOX_COLOUR
+from models.scoring import Scorer, regions
 from tests.conftest import png
 from training.inference import (
     BATCH,
@@ -286,6 +287,20 @@ def test_an_overlay_marks_what_is_above_the_level_and_nothing_below_half_of_it(t
     calm, marked = (decode_image((tmp_path / name).read_bytes()) for name in ("calm.png", "marked.png"))
     assert np.array_equal(np.asarray(calm), original)
     assert not np.array_equal(np.asarray(marked), original)
+
+
+def test_an_overlay_has_a_box_around_each_region_in_the_images_own_pixels(tmp_path, scorer):
+    (result,) = score_images(scorer, [write(tmp_path / "nut.png", png(size=(70, 50)))])
+    assert isinstance(result, ScoredImage)
+    level = 0.99 * float(result.anomaly_map.max())
+    write_overlay(result, tmp_path / "overlay.png", level=level)
+    picture = decode_image((tmp_path / "overlay.png").read_bytes())
+    found = regions(result.anomaly_map, level=level, width=70, height=50)
+    assert found
+    for region in found:
+        for across in (region.left, region.left + region.width - 1):
+            for down in (region.top, region.top + region.height - 1):
+                assert picture.getpixel((across, down)) == BOX_COLOUR
 
 
 def test_images_of_one_name_in_different_folders_have_overlays_of_their_own(tmp_path, scorer):

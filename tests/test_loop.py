@@ -261,3 +261,31 @@ def test_training_on_a_gpu_with_mixed_precision_stays_close_to_the_cpu(recipe, p
     for device, found in losses.items():
         train(TrainingState(recipe, pixels, device=torch.device(device)), recipe, found.append)
     assert losses["cuda"][0]["reconstruction"] == pytest.approx(losses["cpu"][0]["reconstruction"], rel=0.05)
+
+
+def test_the_image_discriminator_sees_reconstructions_as_the_autoencoder_makes_them(recipe, pixels):
+    """In training batch norm mixes what is decoded together, so codes and draws from the prior are decoded apart."""
+    recipe = replace(recipe, corruption=0.0)
+    state = TrainingState(recipe, pixels, device=CPU)
+    images = Batches(pixels, batch_size=recipe.batch_size, seed=recipe.seed).next()
+    with torch.no_grad():
+        expected = state.decoder.train()(state.encoder.train()(images))
+    seen: list[Tensor] = []
+    state.image_discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    image_discriminator_step(state, recipe)
+    real, fake = seen[:2]
+    assert torch.equal(real, images)
+    assert torch.allclose(fake[:2], expected[:2], atol=1e-5)
+    assert not torch.allclose(fake[2:], expected[2:], atol=1e-2)
+
+
+def test_scoring_networks_weigh_every_training_image_alike(recipe):
+    """65 images: the last must not count as much as the 64 before it."""
+    pixels = torch.full((65, 3, 32, 32), 100, dtype=torch.uint8)
+    pixels[64] = 255
+    encoder, _ = scoring_networks(TrainingState(recipe, pixels, device=CPU))
+    convolution, norm = list(encoder.modules())[2:4]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    expected = convolution(normalise(pixels)).mean(dim=(0, 2, 3))
+    assert torch.allclose(norm.running_mean, expected, atol=0.01)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.calibration import SCORE_NAMES
 from models.checkpoint import Checkpoint
@@ -142,6 +143,26 @@ def test_residual_map_of_two_flat_images_has_no_border(first, second):
     assert torch.allclose(maps, torch.full_like(maps, abs(first - second) / 2), atol=1e-5)
 
 
+def test_residual_map_adds_the_difference_to_the_mean_over_three_scales():
+    """A ramp rebuilt as flat gray: pooling doubles its slope per pixel from scale to scale."""
+    column = 16
+    ramp = torch.linspace(-1, 1, 65)[:-1].expand(1, 3, 64, 64)  # the gray level rises by 1/64 per column
+    changes = [1 - GRADIENT_CONSTANT / ((2 / 64 * 2**scale) ** 2 + GRADIENT_CONSTANT) for scale in range(3)]
+    expected = abs(float(ramp[0, 0, 0, column])) / 2 + sum(changes) / 3
+    assert float(residual_map(ramp, torch.zeros_like(ramp))[0, 32, column]) == pytest.approx(expected, abs=0.01)
+
+
+def test_residual_map_has_a_defect_in_its_middle_at_every_scale():
+    images = torch.zeros(1, 3, 64, 64)
+    defect = images.clone()
+    defect[..., 8:16, 48:56] = 0.1
+    weights = residual_map(defect, images)[0].double()
+    positions = torch.arange(64, dtype=torch.float64)
+    row, column = (weights.sum(dim=axis) @ positions / weights.sum() for axis in (1, 0))
+    assert float(row) == pytest.approx(11.5, abs=0.05)
+    assert float(column) == pytest.approx(51.5, abs=0.05)
+
+
 def test_residual_map_sees_a_defect_of_colour_alone():
     images = torch.zeros(1, 3, 32, 32)
     defect = images.clone()
@@ -206,6 +227,27 @@ def test_raw_scores_refuse_a_network_in_training_mode(config, training):
     networks[training].train()
     with pytest.raises(ValueError, match="eval mode"):
         raw_scores(networks["encoder"], networks["decoder"], pixels_of(1))
+
+
+class ConvolutionRecorder(TorchFunctionMode):
+    """Notes, for every convolution, whether a GPU would be allowed to round its inputs to TensorFloat-32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: list[bool] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.conv2d, torch.conv_transpose2d):
+            self.rounded.append(torch.backends.cudnn.allow_tf32)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_convolution_of_scoring_is_rounded_on_a_gpu(scorer):
+    """The map's own filters count too. A score would otherwise depend on the card, and on the batch."""
+    with ConvolutionRecorder() as recorder:
+        scorer.score(pixels_of(1))
+    assert len(recorder.rounded) == 5 + 6 + 3 * 2 + 2  # encoder, decoder, edges at three scales, smoothing
+    assert not any(recorder.rounded)
 
 
 def test_the_image_level_map_score_is_the_maps_peak(scorer):

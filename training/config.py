@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -90,9 +90,6 @@ class Recipe:
             batch_norm=self.batch_norm,
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
@@ -102,7 +99,7 @@ def load_recipe(name: str, overrides: list[str]) -> Recipe:
     """Read recipes/NAME.toml, then apply "key=value" overrides in order. Raises ConfigError."""
     if name not in recipe_names():
         raise ConfigError(f"recipe {name!r} does not exist: there are {', '.join(recipe_names())}.")
-    values = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
     types = {field.name: field.type for field in fields(Recipe)}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -148,4 +145,4 @@ def _check_type(name: str, kind: Any, value: Any) -> None:
 def _check(name: str, value: Any, allowed: bool, what: str) -> None:
     if not allowed:
         shown = repr(value) if isinstance(value, str) else value
-        raise ConfigError(f"{name} is {shown}: allowed is {what}.")
+        raise ConfigError(f"{name} is {shown}: allowed are {what}.")

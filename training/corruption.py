@@ -28,7 +28,7 @@ def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -
 def _blobs(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blobs 1 inside and 0 outside, with soft borders: smooth noise around a random centre. (B, 1, S, S)."""
     count, size, device = len(images), images.shape[-1], images.device
-    uniform = torch.rand((4, count, 1, 1), generator=generator, device=device)
+    uniform = torch.rand((3, count, 1, 1), generator=generator, device=device)
     # Sides from 3 to 40 % of the image, small ones as likely per octave; up to five times longer than wide.
     scale = 0.03 * (0.4 / 0.03) ** uniform[0]
     stretch = 5 ** (uniform[1] - 0.5)
@@ -42,15 +42,17 @@ def _blobs(images: Tensor, generator: torch.Generator) -> Tensor:
     cells = size // 4
     noise = torch.randn((count, 1, cells, cells), generator=generator, device=device)
     noise = F.interpolate(F.avg_pool2d(noise, 3, 1, 1), size=(size, size), mode="bicubic", align_corners=False)
-    return torch.sigmoid(12 * (1 + noise.squeeze(1) - distance)).unsqueeze(1)
+    blob = torch.sigmoid(12 * (1 + noise.squeeze(1) - distance)).unsqueeze(1)
+    # The smallest may fall between the pixels of a small image, and would fade.
+    return blob / blob.amax(dim=(2, 3), keepdim=True)
 
 
 def _filling(images: Tensor, kind: Tensor, generator: torch.Generator) -> Tensor:
     count, channels, size, _ = images.shape
     device = images.device
     colour = 2 * torch.rand((count, channels, 1, 1), generator=generator, device=device) - 1
-    noise = torch.randn((count, channels, size, size), generator=generator, device=device)
-    smooth = F.interpolate(noise[:, :, : size // 4, : size // 4], size=(size, size), mode="bilinear")
+    noise = torch.randn((count, channels, size // 4, size // 4), generator=generator, device=device)
+    smooth = F.interpolate(noise, size=(size, size), mode="bilinear")
     texture = (colour + 0.5 * smooth).clamp(-1, 1)
     # Shifts of at least an eighth, or the same part would be pasted onto itself.
     down, across = torch.randint(size // 8, size - size // 8, (2,), generator=generator, device=device).tolist()

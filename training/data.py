@@ -56,6 +56,9 @@ def read_dataset(root: Path) -> Dataset:
         )
         expected = f"{root / 'train' / GOOD}"
     else:
+        products = sorted(path.parent.parent for path in root.glob(f"*/train/{GOOD}"))
+        if products:  # its defects and masks would be taken for good images
+            raise DataError(f"{root} holds {len(products)} folders in MVTec layout: name one, such as {products[0]}.")
         dataset = Dataset(root=root, good=images_below(root), validation=[], test=[])
         expected = f"{root} (nor a folder train/{GOOD} in it)"
     if not dataset.good and not dataset.test:
@@ -64,29 +67,36 @@ def read_dataset(root: Path) -> Dataset:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files below a folder, by their extension, sorted; empty if there is no such folder."""
+    """The image files below a folder, by their extension, sorted; empty if there is no such folder.
+
+    What is hidden is left out, folders too: editors and file managers keep copies and thumbnails there.
+    """
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
 def _test_images(root: Path) -> list[TestImage]:
     images = []
-    for folder in sorted(path for path in (root / "test").glob("*") if path.is_dir()):
+    for folder in sorted(path for path in (root / "test").glob("[!.]*") if path.is_dir()):
         paths = images_below(folder)
-        masks = [] if folder.name == GOOD else [_mask(root, folder.name, path) for path in paths]
-        if any(masks) and not all(masks):
+        masks = [] if folder.name == GOOD else [_mask(root, path) for path in paths]
+        ground_truth = root / "ground_truth" / folder.name
+        if not all(masks) and images_below(ground_truth):
             path = paths[masks.index(None)]
-            raise DataError(f"{path} has no mask {path.stem}_mask.png, but other images of {folder} have.")
+            raise DataError(f"{path} has no mask {path.stem}_mask.png in {ground_truth}, which has other masks.")
         masks += [None] * (len(paths) - len(masks))
         images += [TestImage(path=path, defect=folder.name, mask=mask) for path, mask in zip(paths, masks, strict=True)]
     return images
 
 
-def _mask(root: Path, defect: str, image: Path) -> Path | None:
-    folder = root / "ground_truth" / defect
+def _mask(root: Path, image: Path) -> Path | None:
+    # ground_truth mirrors test, subfolders too.
+    folder = root / "ground_truth" / image.parent.relative_to(root / "test")
     for name in (f"{image.stem}_mask.png", f"{image.stem}.png"):
         if (folder / name).is_file():
             return folder / name
@@ -110,12 +120,12 @@ def split_good_images(dataset: Dataset, *, fraction: float, alpha: float, seed: 
     """
     if not dataset.good:
         raise DataError(f"no good images in {dataset.root}: training needs them in train/{GOOD}.")
-    content = {path: hashlib.sha256(path.read_bytes()).digest() for path in dataset.good}
-    validation = {hashlib.sha256(path.read_bytes()).digest() for path in dataset.validation}
-    candidates = set(content.values()) - validation
+    content = {path: _digest(path) for path in [*dataset.good, *dataset.validation]}
+    validation = {content[path] for path in dataset.validation}
+    candidates = {content[path] for path in dataset.good} - validation
     needed = images_needed(alpha)
     # Copies of one image are one image: they add nothing to what alpha can resolve.
-    held_out = max(math.ceil(fraction * len(candidates)), needed - len(validation), 0)
+    held_out = max(math.floor(fraction * len(candidates)), needed - len(validation))
     if held_out > len(candidates) / 2:
         raise DataError(
             f"{len(candidates)} different good images in {dataset.root}: an alpha of {alpha:g} needs {needed} "
@@ -125,15 +135,22 @@ def split_good_images(dataset: Dataset, *, fraction: float, alpha: float, seed: 
     key = str(seed).encode()
     order = sorted(candidates, key=lambda digest: hashlib.sha256(key + digest).digest())
     calibration = set(order[:held_out]) | validation
-    first_copy = {digest: path for path, digest in reversed(content.items())}
-    first_copy |= {hashlib.sha256(path.read_bytes()).digest(): path for path in reversed(dataset.validation)}
-    training = [path for path in dataset.good if content[path] not in calibration]
-    digests = sorted(content[path] for path in training)
+    # The folder's own validation image goes before its copy, the first copy before the others.
+    path_of = {content[path]: path for path in [*dataset.good[::-1], *dataset.validation[::-1]]}
+    # In the order of their contents: a file's name decides nothing.
+    training = sorted((path for path in dataset.good if content[path] not in calibration), key=content.__getitem__)
     return Split(
         training=training,
-        calibration=sorted(first_copy[digest] for digest in calibration),
-        fingerprint=hashlib.sha256(b"".join(digests)).hexdigest(),
+        calibration=sorted(path_of[digest] for digest in calibration),
+        fingerprint=hashlib.sha256(b"".join(content[path] for path in training)).hexdigest(),
     )
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}.") from error
 
 
 def load_images(paths: list[Path], *, channels: int, size: int, advance: Callable[[], None] = lambda: None) -> Tensor:
@@ -175,4 +192,7 @@ def load_mask(image: TestImage, *, width: int, height: int) -> NDArray[np.bool_]
         raise DataError(
             f"{image.mask} is {mask.width} x {mask.height} pixels, its image {image.path} is {width} x {height}."
         )
-    return np.asarray(mask) > 127
+    values = np.asarray(mask)
+    if 0 < values.max() <= 127:
+        raise DataError(f"{image.mask} has no value above {values.max()}: a mask's defect is white, 255.")
+    return values > 127

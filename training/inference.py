@@ -113,7 +113,7 @@ def write_rows(
     if table:
         table.writerow(CSV_HEADER)
     failed = 0
-    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     for result in score_images(scorer, paths):
         anomalous = isinstance(result, ScoredImage) and result.p_value <= alpha
         if table:
@@ -124,7 +124,8 @@ def write_rows(
         if isinstance(result, FailedImage):
             failed += 1
         elif overlays:
-            relative = result.path.absolute().relative_to(root)
+            # abspath, because "../nut.png" would lead out of the folder.
+            relative = os.path.relpath(os.path.abspath(result.path), root)
             write_overlay(result, overlays / f"{relative}.overlay.png", level=level)
         advance()
     return failed
@@ -143,14 +144,19 @@ def write_overlay(result: ScoredImage, path: Path, *, level: float) -> None:
 
 def _csv_row(result: ScoredImage | FailedImage, anomalous: bool) -> list[object]:
     if isinstance(result, FailedImage):
-        return [result.path, *[""] * (len(CSV_HEADER) - 2), result.error]
+        return [_shown(result.path), *[""] * (len(CSV_HEADER) - 2), result.error]
     verdict = str(anomalous).lower()
-    return [result.path, *result.scores.values(), result.anomaly_score, result.p_value, verdict, ""]
+    return [_shown(result.path), *result.scores.values(), result.anomaly_score, result.p_value, verdict, ""]
+
+
+def _shown(path: Path) -> str:
+    """A name is bytes on Linux: those that are not UTF-8 are written as \\xNN, where printing them would fail."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _text_row(result: ScoredImage | FailedImage, anomalous: bool) -> str:
     if isinstance(result, FailedImage):
-        return f"{'error':9}  {result.path}  {result.error}"
+        return f"{'error':9}  {_shown(result.path)}  {result.error}"
     scores = "  ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
     verdict = "anomalous" if anomalous else "normal"
-    return f"{verdict:9}  p {result.p_value:.3f}  score {result.anomaly_score:7.2f}  {scores}  {result.path}"
+    return f"{verdict:9}  p {result.p_value:.3f}  score {result.anomaly_score:7.2f}  {scores}  {_shown(result.path)}"

@@ -155,8 +155,10 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
         damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
         codes = state.encoder(damaged).float()
         half = len(codes) // 2
-        codes = torch.cat([codes[:half], _prior(codes[half:].shape, state)])
-        fake = state.decoder(codes).float()  # (B, C, S, S)
+        # Decoded apart, as the autoencoder's step does: batch norm mixes what is in one batch.
+        reconstructions = state.decoder(codes)
+        samples = state.decoder(_prior(codes[half:].shape, state))
+        fake = torch.cat([reconstructions[:half], samples]).float()  # (B, C, S, S)
     return _discriminator_step(
         "image",
         recipe.image_loss,
@@ -283,6 +285,8 @@ def scoring_networks(state: TrainingState) -> tuple[nn.Module, nn.Module]:
     """
     averaged = copy.deepcopy(state.averaged)
     pixels = state.batches.pixels
-    update_bn((normalise(chunk) for chunk in torch.split(pixels, 64)), averaged)
+    # Chunks of one size within one image: update_bn weighs them alike.
+    chunks = torch.tensor_split(pixels, math.ceil(len(pixels) / 64))
+    update_bn((normalise(chunk) for chunk in chunks), averaged)
     encoder, decoder = averaged.eval()
     return encoder, decoder

@@ -46,7 +46,7 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, *, ge
 
     Gulrajani et al., arXiv 1704.00028, equation 3, unweighted. real, fake: (B, ...) of one shape and any rank. One
     coefficient per sample; the norm over all of a sample's dimensions; of a patch discriminator's outputs the
-    mean. In float32, whatever autocast says.
+    mean. In float32, whatever autocast says (cuDNN may still multiply in TF32).
     """
     if real.shape != fake.shape:
         raise ValueError(f"real samples are {tuple(real.shape)}, fake ones {tuple(fake.shape)}.")

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.calibration import Calibration
 from models.checkpoint import Checkpoint, save_checkpoint
-from models.errors import DataError, TrainingError
+from models.errors import DataError, TrainingDivergedError, TrainingError
 from models.scoring import raw_scores
 from training.config import Recipe, recipe_from_dict
 from training.data import Split, load_images, read_dataset, split_good_images
@@ -74,7 +74,7 @@ def train_folder(
         out.mkdir(parents=True, exist_ok=True)
         _write_whole(out / "run.json", json.dumps(asdict(run), indent=1).encode())
         if (out / "state.pt").exists():
-            state.load_state_dict(_read_state(out / "state.pt"))
+            _load_state(out / "state.pt", state)
         _train_and_log(state, recipe, out, console)
     except OSError as error:
         raise TrainingError(f"cannot write the run {out}: {error}; --resume goes on from its last state.") from error
@@ -185,17 +185,22 @@ def _forget_steps_after(log: Path, step: int) -> None:
 
 
 def _write_state(path: Path, state: TrainingState) -> None:
+    # A step may break the weights although its losses were finite; such a state must not replace the last good one.
+    if not all(torch.isfinite(parameter).all() for parameter in state.averaged.parameters()):
+        raise TrainingDivergedError(f"a weight is not finite at step {state.step}: a smaller learning rate may help.")
     content = io.BytesIO()
     torch.save(state.state_dict(), content)
     _write_whole(path, content.getvalue())
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _load_state(path: Path, state: TrainingState) -> None:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}.") from error
-    return state
+        state.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        device = state.generator.device.type
+        raise TrainingError(
+            f"{path} cannot be read, or was written on another kind of device than {device}: {error}."
+        ) from error
 
 
 def _write_whole(path: Path, content: bytes) -> None:
