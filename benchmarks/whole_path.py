@@ -3,7 +3,7 @@
     python -m benchmarks.whole_path DATA [DATA ...]
 
 Each DATA is a folder in MVTec layout with a test split. Every stage is the command that a user would run, as a process
-of its own. Prints a table, writes docs/benchmarks/whole-path.json and .md.
+of its own. Prints a table in Markdown, writes docs/benchmarks/whole-path.json.
 """
 
 import csv
@@ -70,9 +70,7 @@ def main(
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "whole-path.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = markdown(rows)
-    (RESULTS / "whole-path-table.md").write_text(table)
-    Console().print(table, markup=False, highlight=False)
+    Console().print(markdown(rows), markup=False, highlight=False)
 
 
 def measure(data: Path, run: Path, recipe: str) -> Row:

@@ -60,25 +60,18 @@ class Calibration:
     def _fused(self) -> FloatArray:
         """Sorted anomaly scores of the calibration images, (n,).
 
-        Each is standardised by the other n - 1 images. A part that is scored later did not take part in the mean
+        Each is standardised by the other n - 1 images. A part that is scored later did not take part in the median
         and the deviation; a calibration image that did would look too normal, and good parts too anomalous.
         """
-        others = self.n - 1
-        mean = (self.scores.sum(axis=0) - self.scores) / others  # (n, 3)
-        square = ((self.scores - self.scores.mean(axis=0)) ** 2).sum(axis=0)
-        # Leaving x out takes n / (n - 1) (x - mean)^2 off the sum of squares.
-        square = square - self.n / others * (self.scores - self.scores.mean(axis=0)) ** 2
-        deviation = np.sqrt(np.maximum(square, 0) / (others - 1))
-        return np.sort(_standardised(self.scores, mean, deviation).max(axis=1))
+        alone = [_fuse(self.scores[i : i + 1], np.delete(self.scores, i, axis=0)) for i in range(self.n)]
+        return np.sort(np.concatenate(alone))
 
     def anomaly_score(self, scores: FloatArray) -> FloatArray:
         """Fuse scores (B, 3) into (B,): the largest, in standard deviations of the good images' score.
 
         The largest, because a defect that only one of the three sees should not be averaged away.
         """
-        mean = self.scores.mean(axis=0)
-        deviation = self.scores.std(axis=0, ddof=1)
-        return np.asarray(_standardised(scores, mean, deviation).max(axis=1), dtype=np.float64)
+        return _fuse(scores, self.scores)
 
     def p_value(self, anomaly_score: FloatArray) -> FloatArray:
         """(1 + #{calibration score >= s}) / (n + 1) for each s in (B,); in (0, 1]."""
@@ -97,10 +90,17 @@ class Calibration:
         return float(peaks[self.n - 1 - above])
 
 
-def _standardised(scores: FloatArray, mean: FloatArray, deviation: FloatArray) -> FloatArray:
+def _fuse(scores: FloatArray, good: FloatArray) -> FloatArray:
+    """Scores (B, 3) in standard deviations from the middle of good ones (n, 3), and the largest of each row: (B,).
+
+    Median and median absolute deviation, so that one dusty image among the good ones does not move the scale; 1.4826
+    makes the latter a standard deviation where scores are normally distributed.
+    """
+    middle = np.median(good, axis=0)
+    deviation = 1.4826 * np.median(np.abs(good - middle), axis=0)
     # Scores that never vary (a constant image) have no scale; any other value is then infinitely far. The floor
     # keeps that finite.
-    return np.asarray((scores - mean) / np.maximum(deviation, 1e-12), dtype=np.float64)
+    return np.asarray(((scores - middle) / np.maximum(deviation, 1e-12)).max(axis=1), dtype=np.float64)
 
 
 def images_needed(alpha: float) -> int:

@@ -86,7 +86,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     record["record_sha256"] = _record_digest(record)
     try:
-        with _replaced_folder(folder) as new:
+        # Resolved: a link stays one, and "." has a name.
+        with _replaced_folder(folder.resolve()) as new:
             _write(new / WEIGHTS_FILE, weights)
             _write(new / RECORD_FILE, json.dumps(record, indent=1).encode())
     except OSError as error:
@@ -105,7 +106,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if digest != record["weights_sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} has sha256 {digest[:12]}..., "
-            f"{RECORD_FILE} names {record['weights_sha256'][:12]}...: the file was changed."
+            f"{RECORD_FILE} names {str(record['weights_sha256'])[:12]}...: the file was changed."
         )
     try:
         config = ModelConfig(**record["model_config"])
@@ -134,7 +135,7 @@ def _checked_record(folder: Path, record_bytes: bytes) -> dict[str, Any]:
     path = folder / RECORD_FILE
     try:
         record = json.loads(record_bytes)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError(f"{path} names no format: it is not a checkpoint's record.")

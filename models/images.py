@@ -7,19 +7,23 @@ the decoder is checked before it. Each pixel type has one rule:
     16 bit            the high byte of each sample, gray or colour: a 12-bit camera should shift its samples up
     32 bit, float     refused: they have no agreed range
     palette           its colours
-    alpha, tRNS       laid over black
+    alpha, tRNS       laid over black; tRNS of 2, 4 and 16 bit samples, which Pillow misreads, is refused
+    run-length BMP    refused
     CMYK, YCbCr       Pillow's conversion to RGB; colour profiles and gamma are not applied, in any format
     EXIF orientation  applied
     animation, pages  refused; of a multi-picture JPEG the first picture is taken, the others are previews
 """
 
 import io
+import math
+import re
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -44,6 +48,14 @@ SIGNATURES = {
     b"II*\x00": "TIFF",
     b"MM\x00*": "TIFF",
 }
+# 8 and 4 bit. Pillow expands the runs in Python: 76 bytes can keep it busy for seconds.
+BMP_RUN_LENGTH = (1, 2)
+PHOTOMETRIC_TAG = 262
+PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # per pixel, by colour type; one in the others
+# First row, first column, step down, step across of each pass of an interlaced PNG.
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+# In coded data 0xFF comes before 0 or a restart mark, and before a marker it may be repeated.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 GRAY_MODES = {"1", "L", "LA", "La"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"}
 GRAY_16_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
@@ -63,21 +75,25 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ImageEmptyError("the file is empty.")
     format_name = _format(data)
-    if format_name == "PNG":
-        _check_png(data, max_pixels)
-    # Neither marker occurs in coded data. A thumbnail has both, but stands before the image's own scan.
-    elif format_name == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise ImageTruncatedError("the JPEG ends before its image does.")
-    elif format_name == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise ImageTruncatedError("the WebP ends before its image does.")
     try:
+        _check_container(data, format_name, max_pixels)
         with Image.open(io.BytesIO(data), formats=[format_name]) as image:
             _check_pixels(image.width, image.height, max_pixels)
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            # Not n_frames: Pillow would read the directory of every page to count them.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise ImageAnimatedError(f"the {format_name} has more than one frame or page: allowed is one.")
-            return _eight_bit(ImageOps.exif_transpose(image))
+            if format_name == "TIFF":
+                _check_strips(image)
+            if format_name == "BMP" and image.info["compression"] in BMP_RUN_LENGTH:
+                raise ImageModeError("the BMP is run-length coded: allowed is an uncompressed one.")
+            # Of white-is-zero images Pillow turns over those of 8 bits, not those of 16.
+            inverted = image.mode in GRAY_16_MODES and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0
+            pixels = _eight_bit(ImageOps.exif_transpose(image))
+            return ImageOps.invert(pixels) if inverted else pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"the {format_name} is too large: {error}.") from error
+    except UnidentifiedImageError as error:  # its text is an address in memory
+        raise ImageCorruptError(f"the {format_name} is corrupt: its header makes no sense.") from error
     except DECODER_ERRORS as error:
         if "truncated" in str(error).lower():
             raise ImageTruncatedError(f"the {format_name} ends before its image does.") from error
@@ -103,8 +119,44 @@ def _format(data: bytes) -> str:
     raise ImageFormatError("the file is not a PNG, JPEG, WebP, BMP or TIFF image.")
 
 
+def _check_container(data: bytes, format_name: str, max_pixels: int) -> None:
+    if format_name == "PNG":
+        _check_png(data, max_pixels)
+    elif format_name == "JPEG":
+        _check_jpeg(data)
+    elif format_name == "TIFF":
+        _check_tiff(data)
+    elif format_name == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise ImageTruncatedError("the WebP ends before its image does.")
+
+
 def _check_png(data: bytes, max_pixels: int) -> None:
-    """Walk the chunks: each one's length against the file, its checksum, one picture, an end."""
+    """One picture with all its rows: where some are missing, Pillow leaves them black."""
+    chunks = _png_chunks(data)
+    kind, header = next(chunks, (b"", memoryview(b"")))
+    if kind != b"IHDR" or len(header) != 13:
+        raise ImageCorruptError("the PNG is corrupt: it does not begin with its header.")
+    width, height, depth, colour_type, interlaced = struct.unpack(">IIBBxxB", header)
+    _check_pixels(width, height, max_pixels)
+    missing = _png_bytes(width, height, depth * PNG_SAMPLES.get(colour_type, 1), interlaced=bool(interlaced))
+    inflate = zlib.decompressobj()
+    for kind, content in chunks:
+        if kind == b"acTL":
+            raise ImageAnimatedError("the PNG is animated: allowed is one frame.")
+        # Pillow compares the clear colour, given in the file's own depth, with samples that it has scaled to 8 bits.
+        if kind == b"tRNS" and (depth == 16 or (colour_type == 0 and depth in (2, 4))):
+            raise ImageModeError(f"the PNG has {depth} bits per sample and a clear colour: allowed are 1 and 8 bits.")
+        if kind == b"IDAT":
+            # In pieces, so that a bomb of a thousand to one stays small, and no further than the last row.
+            for start in range(0, len(content), 2**14):
+                if missing > 0:
+                    missing -= len(inflate.decompress(content[start : start + 2**14]))
+    if missing > 0:
+        raise ImageTruncatedError("the PNG ends before its image does.")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Kind and content of each chunk up to the end mark, its length checked against the file, and its checksum."""
     position = 8
     while position < len(data):
         if len(data) < position + 12:
@@ -118,17 +170,53 @@ def _check_png(data: bytes, max_pixels: int) -> None:
         (checksum,) = struct.unpack_from(">I", data, end - 4)
         if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != checksum:
             raise ImageCorruptError(f"the PNG is corrupt: chunk {kind!r} does not match its checksum.")
-        if position == 8:
-            if kind != b"IHDR" or length != 13:
-                raise ImageCorruptError("the PNG is corrupt: it does not begin with its header.")
-            width, height = struct.unpack_from(">II", data, position + 8)
-            _check_pixels(width, height, max_pixels)
-        if kind == b"acTL":
-            raise ImageAnimatedError("the PNG is animated: allowed is one frame.")
         if kind == b"IEND":
             return
+        yield kind, memoryview(data)[position + 8 : end - 4]
         position = end
     raise ImageTruncatedError("the PNG ends before its image does.")
+
+
+def _png_bytes(width: int, height: int, bits: int, *, interlaced: bool) -> int:
+    """How many bytes the rows of a PNG are, each with its filter byte. bits: per pixel."""
+    total = 0
+    for top, left, down, across in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        rows, columns = math.ceil((height - top) / down), math.ceil((width - left) / across)
+        if rows > 0 and columns > 0:
+            total += rows * (1 + math.ceil(columns * bits / 8))
+    return total
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Go from marker to marker to the end mark: libjpeg fills what is missing with gray."""
+    position = 2
+    while marker := JPEG_MARKER.search(data, position):
+        position = marker.end()
+        if marker[0] == b"\xff\xd9":
+            return
+        position += int.from_bytes(data[position : position + 2], "big")
+    raise ImageTruncatedError("the JPEG ends before its image does.")
+
+
+def _check_tiff(data: bytes) -> None:
+    """The directory is whole and the only one: of a cut directory Pillow takes what is left, with a warning."""
+    order = "<" if data.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (tags,) = struct.unpack_from(f"{order}H", data, start)
+        (next_page,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * tags)
+    except struct.error as error:
+        raise ImageTruncatedError("the TIFF ends before its directory does.") from error
+    if next_page:
+        raise ImageAnimatedError("the TIFF has more than one frame or page: allowed is one.")
+
+
+def _check_strips(image: ImageFile.ImageFile) -> None:
+    """The strips cover the image, once or once per band: where one is missing, Pillow leaves it black."""
+    boxes = [tile.extents for tile in image.tile if tile.extents]
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+    if covered == 0 or covered % (image.width * image.height):
+        raise ImageTruncatedError("the TIFF ends before its image does.")
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

@@ -14,10 +14,10 @@ OPACITY = 0.65
 def overlay(image: Image.Image, anomaly_map: MapArray, *, level: float, regions: list[Region]) -> Image.Image:
     """Lay a map (height, width) over its image; returns RGB of the image's size.
 
-    Nothing is drawn below half of `level`, the height that good images rarely exceed; full colour is at twice it.
+    Nothing is drawn below three quarters of `level`, the height that good images rarely exceed; full colour is at twice it.
     """
     height, width = anomaly_map.shape
-    heat = np.clip((anomaly_map / max(level, 1e-12) - 0.5) / 1.5, 0, 1)  # (H, W)
+    heat = np.clip((anomaly_map / max(level, 1e-12) - 0.75) / 1.25, 0, 1)  # (H, W)
     steps = np.linspace(0, 1, len(HEAT))
     colour = np.stack([np.interp(heat, steps, HEAT[:, channel]) for channel in range(3)], axis=-1)
     opacity = OPACITY * np.minimum(4 * heat, 1)[..., None]
@@ -26,5 +26,9 @@ def overlay(image: Image.Image, anomaly_map: MapArray, *, level: float, regions:
     draw = ImageDraw.Draw(picture)
     for region in regions:
         right, bottom = region.left + region.width - 1, region.top + region.height - 1
-        draw.rectangle((region.left, region.top, right, bottom), outline=BOX_COLOUR, width=max(1, width // 200))
+        # Pillow draws beyond a box that is thinner than its lines.
+        thinner = min(region.width, region.height)
+        line = max(1, min(width // 200, (thinner - 1) // 2))
+        fill = BOX_COLOUR if thinner <= 2 else None
+        draw.rectangle((region.left, region.top, right, bottom), fill=fill, outline=BOX_COLOUR, width=line)
     return picture

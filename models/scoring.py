@@ -56,7 +56,8 @@ def residual_map(images: Tensor, reconstructions: Tensor) -> Tensor:
     for scale in range(GRADIENT_SCALES):
         if scale > 0:
             images, reconstructions = F.avg_pool2d(images, 2), F.avg_pool2d(reconstructions, 2)
-        change = 1 - gradient_magnitude_similarity(images, reconstructions)
+        # In float32 a similarity can round to just above one.
+        change = (1 - gradient_magnitude_similarity(images, reconstructions)).clamp(min=0)
         change = F.interpolate(change, size=(size, size), mode="bilinear", align_corners=False)
         difference = difference + change / GRADIENT_SCALES
     return _smooth(difference, sigma=size / 64).squeeze(1)
@@ -120,7 +121,7 @@ def raw_scores(encoder: nn.Module, decoder: nn.Module, pixels: Tensor) -> RawSco
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         codes = encoder(images)
         reconstructions = decoder(codes)
-    maps = residual_map(images, reconstructions)
+        maps = residual_map(images, reconstructions)
     squared_error = ((images - reconstructions) / 2).square().flatten(1).mean(dim=1)
     table = torch.stack([squared_error, latent_score(codes), maps.flatten(1).amax(dim=1)], dim=1)  # (B, 3)
     return RawScores(scores=table.double().cpu().numpy(), maps=maps.cpu().numpy(), reconstructions=reconstructions)

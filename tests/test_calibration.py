@@ -25,15 +25,16 @@ def p_values(calibration: Calibration, parts: Array) -> Array:
     return calibration.p_value(calibration.anomaly_score(parts))
 
 
+def standardised(part: Array, good: Array) -> float:
+    middle = np.median(good, axis=0)
+    return float(((part - middle) / (1.4826 * np.median(np.abs(good - middle), axis=0))).max())
+
+
 def p_value_by_definition(scores: Array, part: Array) -> float:
     """Each calibration image is standardised by the others, the part by all of them: slowly, one by one."""
     n = len(scores)
-    part_score = ((part - scores.mean(axis=0)) / scores.std(axis=0, ddof=1)).max()
-    at_least = 0
-    for index in range(n):
-        others = np.delete(scores, index, axis=0)
-        at_least += ((scores[index] - others.mean(axis=0)) / others.std(axis=0, ddof=1)).max() >= part_score
-    return float((1 + at_least) / (n + 1))
+    others = [standardised(scores[i], np.delete(scores, i, axis=0)) for i in range(n)]
+    return (1 + sum(other >= standardised(part, scores) for other in others)) / (n + 1)
 
 
 # p-values
@@ -45,15 +46,15 @@ def test_p_value_is_the_share_of_calibration_images_that_score_as_high(n):
     centre, spread = calibration.scores.mean(axis=0), calibration.scores.std(axis=0)
     parts = centre + spread * np.random.default_rng(1).normal(scale=2, size=(60, 3))
     expected = [p_value_by_definition(calibration.scores, part) for part in parts]
-    assert len(set(expected)) >= 4
+    assert len(set(expected)) >= 3
     assert p_values(calibration, parts) == pytest.approx(np.array(expected), abs=1e-12)
 
 
 def test_p_value_counts_a_calibration_image_that_is_just_like_the_part():
-    """Two images of 0, two of 2: a part of 2 is as anomalous as two of them, a part of 0 as all four."""
-    calibration = Calibration(scores=np.repeat([[0.0] * 3, [2.0] * 3], 2, axis=0), alpha=0.2)
-    parts = np.repeat([[3.0], [2.0], [1.0], [0.0], [-1.0]], 3, axis=1)
-    assert p_values(calibration, parts).tolist() == [1 / 5, 3 / 5, 3 / 5, 5 / 5, 5 / 5]
+    """By hand: without itself each of 0, 1, 2, 3, 4 is -2.5, -1.5, 0, 1.5, 2.5 away from the others, a part from 2."""
+    calibration = Calibration(scores=np.repeat([[0.0], [1.0], [2.0], [3.0], [4.0]], 3, axis=1), alpha=0.2)
+    parts = np.repeat([[5.0], [4.5], [3.5], [2.0], [-1.0]], 3, axis=1)
+    assert p_values(calibration, parts).tolist() == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 6 / 6]
 
 
 def test_p_value_stays_between_its_smallest_and_one():
@@ -137,10 +138,12 @@ def test_good_parts_are_flagged_no_more_often_than_alpha(n, distribution):
 
 
 def test_anomaly_score_is_the_largest_standardised_score():
-    calibration = calibration_of(19)
-    mean, deviation = calibration.scores.mean(axis=0), calibration.scores.std(axis=0, ddof=1)
-    queries = np.array([mean, mean + [3, 0, 0] * deviation, mean + [1, 2, 5] * deviation, mean - deviation])
-    assert calibration.anomaly_score(queries) == pytest.approx([0, 3, 5, -1], abs=1e-9)
+    good = np.array(
+        [[0.0, 10.0, 100.0], [1.0, 12.0, 104.0], [2.0, 14.0, 108.0], [3.0, 16.0, 112.0], [4.0, 18.0, 116.0]]
+    )
+    queries = np.array([[2.0, 14.0, 108.0], [5.0, 14.0, 108.0], [2.0, 24.0, 112.0], [1.0, 10.0, 104.0]])
+    expected = np.array([0, 3, 5, -1]) / 1.4826
+    assert Calibration(scores=good, alpha=0.2).anomaly_score(queries) == pytest.approx(expected)
 
 
 def test_anomaly_score_does_not_depend_on_a_scores_unit():

@@ -41,9 +41,9 @@ def test_nothing_is_drawn_on_a_map_of_zeros(level):
     assert np.array_equal(np.asarray(picture), np.asarray(photo()))
 
 
-def test_nothing_is_drawn_up_to_half_of_the_level():
-    assert np.array_equal(drawn(flat(LEVEL / 2)), np.asarray(photo()))
-    assert not np.array_equal(drawn(flat(LEVEL * 0.6)), np.asarray(photo()))
+def test_nothing_is_drawn_up_to_three_quarters_of_the_level():
+    assert np.array_equal(drawn(flat(LEVEL * 0.75)), np.asarray(photo()))
+    assert not np.array_equal(drawn(flat(LEVEL * 0.85)), np.asarray(photo()))
 
 
 def test_only_the_pixels_where_the_map_is_high_change():
@@ -53,7 +53,7 @@ def test_only_the_pixels_where_the_map_is_high_change():
     assert np.array_equal(changed, anomaly_map > 0)
 
 
-@pytest.mark.parametrize(("times", "colour"), [(1, HEAT[1]), (1.5, HEAT[2]), (2, HEAT[3]), (50, HEAT[3])])
+@pytest.mark.parametrize(("times", "colour"), [(7 / 6, HEAT[1]), (19 / 12, HEAT[2]), (2, HEAT[3]), (50, HEAT[3])])
 def test_colour_follows_the_map_from_the_level_to_twice_it(times, colour):
     expected = (1 - OPACITY) * np.asarray(photo()) + OPACITY * colour
     assert np.abs(drawn(flat(times * LEVEL)) - expected).max() <= 1

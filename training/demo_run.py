@@ -19,7 +19,7 @@ SEED = 0
 
 def run_demo(out: Path, *, device: str, command: str, progress: Console, console: Console) -> Path:
     """Draw, train, evaluate, write overlays; returns the checkpoint's folder. What is there already is kept."""
-    parts = out / "parts"
+    parts = out / "gears"
     if not parts.exists():
         write_demo(parts, seed=SEED)
     checkpoint_folder = train_folder(

@@ -1,0 +1,71 @@
+"""The documents say what is so: the README's answer, every recipe key, every command and its flags."""
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+from typer.main import get_command
+
+from hazelnut import app
+from service.app import create_app
+from service.settings import Settings
+from training.config import Recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def test_the_readmes_curl_gets_the_readmes_answer():
+    (shown,) = [json.loads(block) for block in blocks(ROOT / "README.md", "json")]
+    curl = next(line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines() if "curl" in line)
+    match = re.fullmatch(r"curl -F files=@(\S+) http://127\.0\.0\.1:8000/score", curl)
+    assert match is not None
+    with TestClient(create_app(Settings())) as client, (ROOT / match[1]).open("rb") as file:
+        answer = client.post("/score", files={"files": (Path(match[1]).name, file)}).json()
+    assert answer["model"] == pytest.approx(shown["model"], rel=1e-3)
+    (result,), (expected,) = answer["results"], shown["results"]
+    assert result.keys() == expected.keys()
+    for name in ("anomaly_score", "p_value"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-2)
+    assert result["scores"] == pytest.approx(expected["scores"], rel=1e-2)
+    assert result["is_anomalous"] is expected["is_anomalous"] is True
+    assert len(result["regions"]) == len(expected["regions"])
+
+
+def test_every_recipe_key_is_documented():
+    text = (ROOT / "docs/training.md").read_text()
+    assert [field.name for field in fields(Recipe) if f"`{field.name}`" not in text] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_a_document_exists_with_its_flags(path):
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for block in blocks(path, "sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["hazelnut"]:
+                continue
+            flags = {flag for option in commands[words[1]].params for flag in [*option.opts, *option.secondary_opts]}
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= flags, line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_in_a_document_leads_somewhere(path):
+    links = re.findall(r'\]\(([^)#]+)|src="([^"]+)"', path.read_text())
+    targets = [link or source for link, source in links if not (link or source).startswith("http")]
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_every_make_verb_in_the_documents_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for path in DOCUMENTS:
+        for verb in re.findall(r"`?\bmake ([a-z]+)\b", " ".join(re.findall(r"`[^`]*`|```.*?```", path.read_text()))):
+            assert re.search(rf"^{verb}:", makefile, flags=re.MULTILINE), f"make {verb} in {path}"
