@@ -62,7 +62,7 @@ def main(
 ) -> None:
     rows = [measure(folder, runs / folder.name, recipe) for folder in data]
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.whole_path", *[folder.name for folder in data]]),
+        "command": shlex.join(["python", "-m", "benchmarks.whole_path", *[f"PACK/{folder.name}" for folder in data]]),
         "recipe": recipe,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -80,6 +80,7 @@ def measure(data: Path, run: Path, recipe: str) -> Row:
     rates = [json.loads(line)["images_per_second"] for line in (run / "log.jsonl").read_text().splitlines()]
     stage([*HAZELNUT, "evaluate", str(checkpoint), str(data)])
     evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation.pop("command")  # it names folders of this machine; the record has its own
 
     test = read_dataset(data).test
     paths = [str(image.path) for image in test]
