@@ -14,7 +14,8 @@ OPACITY = 0.65
 def overlay(image: Image.Image, anomaly_map: MapArray, *, level: float, regions: list[Region]) -> Image.Image:
     """Lay a map (height, width) over its image; returns RGB of the image's size.
 
-    Nothing is drawn below three quarters of `level`, the height that good images rarely exceed; full colour is at twice it.
+    Nothing is drawn below three quarters of `level`, the height that good images rarely exceed; full colour is at
+    twice it.
     """
     height, width = anomaly_map.shape
     heat = np.clip((anomaly_map / max(level, 1e-12) - 0.75) / 1.25, 0, 1)  # (H, W)

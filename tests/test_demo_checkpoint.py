@@ -37,7 +37,7 @@ def test_the_shipped_checkpoint_finds_defects_on_parts_that_it_has_never_seen(tm
 
 
 @pytest.fixture
-def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's own way, with fewer parts and steps."""
     from training import demo_run
 
@@ -48,7 +48,8 @@ def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_demo_draws_trains_evaluates_and_writes_overlays(short_demo, tmp_path):
+@pytest.mark.usefixtures("_short_demo")
+def test_the_demo_draws_trains_evaluates_and_writes_overlays(tmp_path):
     out = tmp_path / "demo"
     result = CliRunner().invoke(app, ["demo", f"--out={out}", "--no-serve", "--device=cpu"])
     assert result.exit_code == 0, result.output
