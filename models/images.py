@@ -69,8 +69,9 @@ DECODER_ERRORS = (
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a PNG, JPEG, WebP, BMP or TIFF, upright, to mode "L" or "RGB", 8 bits per sample.
 
-    Raises a subclass of ImageError, one per reason: see models.errors. What cannot be known without decoding (a
-    JPEG has no checksum) may decode to a changed image; a part of an image is never returned as the whole.
+    Raises a subclass of ImageError, one per reason: see models.errors. A part of an image is never returned as the
+    whole, with one exception: a JPEG has no checksum, so that one whose coded bytes were changed, or left out before
+    its end mark, decodes to a changed image.
     """
     if not data:
         raise ImageEmptyError("the file is empty.")
