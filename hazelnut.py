@@ -42,15 +42,15 @@ def train(
 ) -> None:
     """Train on good images."""
     from models.scoring import choose_device
-    from training.config import load_recipe
+    from training.config import load_recipe, recipe_from_dict
     from training.dry_run import dry_run
-    from training.run import read_run, run_recipe, train_folder
+    from training.run import read_run, train_folder
 
     out = out or Path("runs") / data.resolve().name
     with _errors():
         before = read_run(out) if resume else None
         if before and recipe is None and not changes:
-            chosen = run_recipe(before)
+            chosen = recipe_from_dict(before.recipe)
         else:
             chosen = load_recipe(recipe or "default", changes or [])
         if dry:
@@ -109,8 +109,7 @@ def score(
 
     with _errors():
         scorer = load_checkpoint(checkpoint).scorer(choose_device(device))
-        alpha = scorer.calibration.alpha if alpha is None else alpha
-        scorer.calibration.check_alpha(alpha)
+        alpha = scorer.calibration.chosen_alpha(alpha)
         paths = find_images(images)
         with progress_bar(_progress_console()) as bar:
             task = bar.add_task("scoring", total=len(paths), detail="")
@@ -131,9 +130,11 @@ def score(
 @app.command()
 def serve(
     checkpoint: Annotated[Path | None, typer.Option(envvar="HAZELNUT_CHECKPOINT", show_default="the demo's")] = None,
-    host: Annotated[str, typer.Option(envvar="HAZELNUT_HOST")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="HAZELNUT_PORT")] = 8000,
-    device: Annotated[str, typer.Option(envvar="HAZELNUT_DEVICE", help="auto, cpu or cuda.")] = "auto",
+    host: Annotated[str | None, typer.Option(envvar="HAZELNUT_HOST", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(envvar="HAZELNUT_PORT", show_default="8000")] = None,
+    device: Annotated[
+        str | None, typer.Option(envvar="HAZELNUT_DEVICE", help="auto, cpu or cuda.", show_default="auto")
+    ] = None,
 ) -> None:
     """Serve a checkpoint's scores over HTTP. All settings: docs/service.md."""
     from service.app import serve as serve_app
@@ -147,14 +148,17 @@ def serve(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the parts, the run and the overlays.")] = Path("hazelnut-demo"),
     serve_after: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the model at the end.")] = True,
-    port: Annotated[int, typer.Option(envvar="HAZELNUT_PORT")] = 8000,
+    port: Annotated[int | None, typer.Option(envvar="HAZELNUT_PORT", show_default="8000")] = None,
     device: Device = "auto",
 ) -> None:
     """Draw parts and defects, train on the good ones for a minute, evaluate, write overlays, serve."""
+    from models.scoring import choose_device
     from training.demo_run import run_demo
 
     with _errors():
-        checkpoint = run_demo(out, device=device, command=_command(), progress=_progress_console(), console=Console())
+        checkpoint = run_demo(
+            out, device=choose_device(device), command=_command(), progress=_progress_console(), console=Console()
+        )
     if serve_after:
         serve(checkpoint=checkpoint, host="127.0.0.1", port=port, device=device)
 

@@ -56,6 +56,13 @@ class Calibration:
                 f"up to, but not including, 1."
             )
 
+    def chosen_alpha(self, wanted: float | None) -> float:
+        """The alpha that was asked for, checked; None takes the default. Raises CalibrationError."""
+        if wanted is None:
+            return self.alpha
+        self.check_alpha(wanted)
+        return wanted
+
     @cached_property
     def _fused(self) -> FloatArray:
         """Sorted anomaly scores of the calibration images, (n,).

@@ -26,6 +26,7 @@ from torch import nn
 from models.calibration import Calibration
 from models.config import ModelConfig
 from models.errors import CalibrationError, CheckpointError, ConfigError
+from models.files import write_durably
 from models.networks import Decoder, Encoder
 from models.scoring import Scorer
 
@@ -88,8 +89,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         # Resolved: a link stays one, and "." has a name.
         with _replaced_folder(folder.resolve()) as new:
-            _write(new / WEIGHTS_FILE, weights)
-            _write(new / RECORD_FILE, json.dumps(record, indent=1).encode())
+            write_durably(new / WEIGHTS_FILE, weights)
+            write_durably(new / RECORD_FILE, json.dumps(record, indent=1).encode())
     except OSError as error:
         raise CheckpointError(f"cannot save the checkpoint {folder}: {error}.") from error
 
@@ -195,10 +196,3 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

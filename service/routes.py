@@ -148,13 +148,10 @@ def _check_name(name: str, model: ServedModel) -> None:
 
 
 def _checked_alpha(wanted: float | None, calibration: Calibration) -> float:
-    if wanted is None:
-        return calibration.alpha
     try:
-        calibration.check_alpha(wanted)
+        return calibration.chosen_alpha(wanted)
     except CalibrationError as error:
         raise ServiceError("alpha_out_of_range", str(error)) from error
-    return wanted
 
 
 def _summary(model: ServedModel) -> ModelSummary:

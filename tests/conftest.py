@@ -7,15 +7,21 @@ import os
 # torch is imported, so that the processes which tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
 from models.calibration import Calibration
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, save_checkpoint
 from models.config import ModelConfig
 from models.networks import Decoder, Encoder
+from service.app import create_app
+from service.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +52,20 @@ def checkpoint(config: ModelConfig) -> Checkpoint:
         origin={"name": "nut", "command": "drawn by a test"},
         metrics={},
     )
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """The checkpoint, saved."""
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def client(folder: Path) -> Iterator[TestClient]:
+    """Of a service that serves it."""
+    with TestClient(create_app(Settings(checkpoint=folder, device="cpu"))) as client:
+        yield client
 
 
 def png(*, size: tuple[int, int] = (40, 30), seed: int = 0) -> bytes:

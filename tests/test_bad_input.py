@@ -5,7 +5,6 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from hazelnut import app
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import CheckpointError
 from service.app import create_app
 from service.settings import Settings
@@ -106,18 +105,6 @@ ACCEPTED = {
     "cmyk.jpg": encoded(photo().convert("CMYK"), "JPEG"),
     "palette.png": palette_with_transparency(),
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path, checkpoint: Checkpoint) -> Path:
-    save_checkpoint(tmp_path / "checkpoint", checkpoint)
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def client(folder: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(checkpoint=folder))) as client:
-        yield client
 
 
 def score_rows(folder: Path, *files: Path) -> tuple[int, list[dict[str, str]]]:

@@ -63,3 +63,14 @@ def test_the_demo_draws_trains_evaluates_and_writes_overlays(tmp_path):
     again = CliRunner().invoke(app, ["demo", f"--out={out}", "--no-serve", "--device=cpu"])
     assert again.exit_code == 0, again.output
     assert load_checkpoint(out / "run/checkpoint").weights_sha256 == checkpoint.weights_sha256
+
+
+@pytest.mark.usefixtures("_short_demo")
+def test_a_demo_that_was_stopped_while_it_drew_draws_its_parts_again(tmp_path):
+    half_drawn = tmp_path / "demo/.gears.new/train/good/000.png"
+    half_drawn.parent.mkdir(parents=True)
+    half_drawn.write_bytes(b"")
+    result = CliRunner().invoke(app, ["demo", f"--out={tmp_path / 'demo'}", "--no-serve", "--device=cpu"])
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "demo/gears/train/good").iterdir())) == 12
+    assert not half_drawn.parents[2].exists()

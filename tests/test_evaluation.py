@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,19 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         write_report({}, tmp_path / "file" / "evaluation.json")
+
+
+def test_a_full_disk_keeps_the_last_report(tmp_path):
+    """A limit on the size of a file stands in for the full disk."""
+    path = tmp_path / "evaluation.json"
+    write_report({"data": "nuts"}, path)
+    before = path.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(DataError, match="File too large"):
+            write_report({"data": "n" * 1000}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,7 +13,7 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from models.checkpoint import Checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from models.images import decode_image, image_tensor
 from models.overlay import overlay
@@ -26,18 +24,6 @@ from service.settings import Settings
 from tests.conftest import png
 
 ALPHA = 0.5  # ten of the nineteen calibration images of the fixture
-
-
-@pytest.fixture
-def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "checkpoint", checkpoint)
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def client(folder: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(checkpoint=folder, device="cpu"))) as client:
-        yield client
 
 
 def library_scores(checkpoint: Checkpoint, data: bytes) -> Scores:

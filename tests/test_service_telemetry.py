@@ -1,24 +1,15 @@
 """What /metrics says, and that clients cannot make it grow."""
 
 import random
-from collections.abc import Iterator
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from models.checkpoint import Checkpoint
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import png
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-@pytest.fixture
-def client(checkpoint: Checkpoint) -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(device="cpu"), checkpoint=checkpoint)) as client:
-        yield client
 
 
 def scrape(client: TestClient) -> Series:

@@ -172,9 +172,14 @@ def load_images(paths: list[Path], *, channels: int, size: int, advance: Callabl
             advance()
     errors = [result for result in results if isinstance(result, str)]
     if errors:
-        shown = "\n  ".join(errors[:10])
-        raise DataError(f"{len(errors)} of {len(paths)} images cannot be read:\n  {shown}")
+        raise unreadable(errors, of=f"{len(paths)} images")
     return torch.stack([result for result in results if isinstance(result, Tensor)])
+
+
+def unreadable(errors: list[str], *, of: str) -> DataError:
+    """An error that names the first ten images that cannot be read, each with its reason."""
+    shown = "\n  ".join(errors[:10])
+    return DataError(f"{len(errors)} of {of} cannot be read:\n  {shown}")
 
 
 def load_mask(image: TestImage, *, width: int, height: int) -> NDArray[np.bool_]:

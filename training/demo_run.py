@@ -1,12 +1,13 @@
 """hazelnut demo: the whole way on parts that the program draws, in about a minute on two cores."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.scoring import choose_device
 from training.config import load_recipe
 from training.data import read_dataset
 from training.demo import write_demo
@@ -17,22 +18,25 @@ from training.run import train_folder
 SEED = 0
 
 
-def run_demo(out: Path, *, device: str, command: str, progress: Console, console: Console) -> Path:
+def run_demo(out: Path, *, device: torch.device, command: str, progress: Console, console: Console) -> Path:
     """Draw, train, evaluate, write overlays; returns the checkpoint's folder. What is there already is kept."""
     parts = out / "gears"
     if not parts.exists():
-        write_demo(parts, seed=SEED)
+        unfinished = out / ".gears.new"  # a demo that was stopped while it drew is not taken for a whole one
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_demo(unfinished, seed=SEED)
+        unfinished.rename(parts)
     checkpoint_folder = train_folder(
         parts,
         out / "run",
         recipe=load_recipe("tiny", []),
         resume=(out / "run").exists(),
-        device=choose_device(device),
+        device=device,
         command=command,
         console=progress,
     )
     checkpoint = load_checkpoint(checkpoint_folder)
-    scorer = checkpoint.scorer(choose_device(device))
+    scorer = checkpoint.scorer(device)
     report = evaluate_folder(scorer, parts, alpha=None, command=command, console=progress)
     save_checkpoint(checkpoint_folder, replace(checkpoint, metrics=report))
     write_report(report, out / "run" / "evaluation.json")

@@ -22,14 +22,15 @@ SAMPLE = 64  # images that are read for it
 
 def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Console) -> None:
     """Print the resolved recipe, the splits, the parameter counts and an estimate of time and memory."""
-    split = split_images(data, recipe)
+    dataset = read_dataset(data)
+    split = split_images(dataset, recipe)
     console.print("[bold]recipe")
     for key, value in asdict(recipe).items():
         console.print(f"  {key} = {json.dumps(value)}", highlight=False)
 
     console.print("[bold]images")
-    test = read_dataset(data).test
-    console.print(f"  {len(split.training)} training, {len(split.calibration)} calibration, {len(test)} test")
+    counts = f"{len(split.training)} training, {len(split.calibration)} calibration, {len(dataset.test)} test"
+    console.print(f"  {counts}")
 
     sample = load_images(split.training[:SAMPLE], channels=recipe.channels, size=recipe.image_size)
     state = TrainingState(recipe, sample, device=device)

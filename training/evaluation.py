@@ -5,23 +5,23 @@ epoch; alpha comes from calibration.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
 from models.calibration import SCORE_NAMES
 from models.errors import DataError
+from models.files import replace_file
 from models.scoring import MapArray, Scorer, normalise
 from training import metrics
-from training.data import GOOD, Dataset, TestImage, load_mask, read_dataset
+from training.data import GOOD, Dataset, TestImage, load_mask, read_dataset, unreadable
 from training.inference import FailedImage, ScoredImage, score_images
 from training.progress import peak_memory_bytes, progress_bar
 
@@ -69,8 +69,7 @@ def evaluate_folder(
     dataset = read_dataset(data)
     if not dataset.test:
         raise DataError(f"no test images in {data}: evaluation needs test/{GOOD} and test/<kind of defect>.")
-    alpha = scorer.calibration.alpha if alpha is None else alpha
-    scorer.calibration.check_alpha(alpha)
+    alpha = scorer.calibration.chosen_alpha(alpha)
     measured = measure(scorer, dataset, console)
     statistics = pixel_statistics(measured)
     good = int((~measured.anomalous).sum())
@@ -90,9 +89,11 @@ def evaluate_folder(
 
 def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
     """Score the test images. Raises DataError naming the images that cannot be read, or a mask that does not fit."""
-    kept: list[ScoredImage] = []
+    rows: list[list[float]] = []
+    anomaly_scores: list[float] = []
+    p_values: list[float] = []
+    maps, masks, good_images, good_reconstructions = [], [], [], []
     failed: list[str] = []
-    maps, masks = [], []
     begin = time.perf_counter()
     with progress_bar(console) as bar:
         task = bar.add_task("evaluating", total=len(dataset.test), detail="")
@@ -102,22 +103,25 @@ def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
             if isinstance(result, FailedImage):
                 failed.append(f"{result.path}: {result.error}")
                 continue
+            rows.append([result.scores[name] for name in SCORE_NAMES])
+            anomaly_scores.append(result.anomaly_score)
+            p_values.append(result.p_value)
             maps.append(result.full_map())
             masks.append(_mask(test_image, result))
-            kept.append(_without_pictures(result, keep_reconstruction=test_image.defect == GOOD))
+            if test_image.defect == GOOD:
+                good_images.append(normalise(result.pixels))
+                good_reconstructions.append(result.reconstruction)
     if failed:
-        shown = "\n  ".join(failed[:10])
-        raise DataError(f"{len(failed)} of {len(dataset.test)} test images cannot be read:\n  {shown}")
-    good = [result for result, image in zip(kept, dataset.test, strict=True) if image.defect == GOOD]
+        raise unreadable(failed, of=f"{len(dataset.test)} test images")
     return Measured(
         defects=np.array([image.defect for image in dataset.test]),
-        scores=np.array([[result.scores[name] for name in SCORE_NAMES] for result in kept]),
-        anomaly_scores=np.array([result.anomaly_score for result in kept]),
-        p_values=np.array([result.p_value for result in kept]),
+        scores=np.array(rows),
+        anomaly_scores=np.array(anomaly_scores),
+        p_values=np.array(p_values),
         maps=maps,
         masks=masks,
-        good_images=[normalise(result.pixels) for result in good],
-        good_reconstructions=[result.reconstruction for result in good],
+        good_images=good_images,
+        good_reconstructions=good_reconstructions,
         seconds=time.perf_counter() - begin,
     )
 
@@ -126,12 +130,6 @@ def _mask(test_image: TestImage, result: ScoredImage) -> NDArray[np.bool_] | Non
     if test_image.defect != GOOD and test_image.mask is None:
         return None
     return load_mask(test_image, width=result.image.width, height=result.image.height)
-
-
-def _without_pictures(result: ScoredImage, *, keep_reconstruction: bool) -> ScoredImage:
-    """What evaluation still needs: hundreds of photographs would be by far the largest part of its memory."""
-    slim = replace(result, image=Image.new("L", (1, 1)), anomaly_map=result.anomaly_map[:0])
-    return slim if keep_reconstruction else replace(slim, pixels=torch.empty(0), reconstruction=torch.empty(0))
 
 
 def image_level(measured: Measured) -> dict[str, Any] | None:
@@ -210,13 +208,13 @@ def by_defect(
 ) -> dict[str, dict[str, Any]]:
     """For each kind of defect: its images against all good ones, the share found at alpha, AUPRO@0.3 of its regions."""
     report = {}
+    known = np.array([mask is not None for mask in measured.masks])
+    areas = None if statistics is None else metrics.region_areas(statistics, fpr_limit=FPR_LIMITS[0])
     for kind in sorted(set(measured.defects[measured.anomalous])):
         chosen = (measured.defects == kind) | ~measured.anomalous
         labels, scores = measured.anomalous[chosen], measured.anomaly_scores[chosen]
-        known = np.array([mask is not None for mask in measured.masks])
         regions = None
-        if statistics is not None:
-            areas = metrics.region_areas(statistics, fpr_limit=FPR_LIMITS[0])
+        if statistics is not None and areas is not None:
             of_kind = (measured.defects[known] == kind)[statistics.region_images]
             regions = _mean_with_interval(areas[of_kind], statistics.region_images[of_kind])
         report[str(kind)] = {
@@ -249,7 +247,7 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     """Raises DataError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
     except OSError as error:
         raise DataError(f"cannot write {path}: {error}.") from error
 

@@ -130,10 +130,8 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
 def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Tell codes from draws of the prior."""
     images = state.batches.next()
-    state.encoder.train()
     with torch.no_grad(), state.autocast:
-        damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
-        codes = state.encoder(damaged).float()  # (B, D, G, G)
+        codes = _codes(images, state, recipe).float()
     return _discriminator_step(
         "latent",
         recipe.latent_loss,
@@ -149,16 +147,10 @@ def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str,
 def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Tell photographed images from decoded ones: half of these from codes, half from draws of the prior."""
     images = state.batches.next()
-    state.encoder.train()
     state.decoder.train()
     with torch.no_grad(), state.autocast:
-        damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
-        codes = state.encoder(damaged).float()
-        half = len(codes) // 2
-        # Decoded apart, as the autoencoder's step does: batch norm mixes what is in one batch.
-        reconstructions = state.decoder(codes)
-        samples = state.decoder(_prior(codes[half:].shape, state))
-        fake = torch.cat([reconstructions[:half], samples]).float()  # (B, C, S, S)
+        codes = _codes(images, state, recipe)
+        fake = _fakes(codes, state.decoder(codes), state)
     return _discriminator_step(
         "image",
         recipe.image_loss,
@@ -201,11 +193,9 @@ def _discriminator_step(
 def autoencoder_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Rebuild the images without their synthetic defects, and deceive both discriminators."""
     images = state.batches.next()
-    state.encoder.train()
     state.decoder.train()
     with state.autocast:
-        damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
-        codes = state.encoder(damaged)  # (B, D, G, G)
+        codes = _codes(images, state, recipe)
         reconstructions = state.decoder(codes)  # (B, C, S, S)
     codes, reconstructions = codes.float(), reconstructions.float()
     loss = reconstruction_loss(
@@ -225,10 +215,8 @@ def autoencoder_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
         losses["latent_adversarial"] = adversarial.detach()
     if recipe.image_weight:
         state.image_discriminator.requires_grad_(False)
-        half = len(images) // 2
         with state.autocast:
-            samples = state.decoder(_prior(codes[half:].shape, state))
-            logits = state.image_discriminator(torch.cat([reconstructions[:half], samples.float()]))
+            logits = state.image_discriminator(_fakes(codes, reconstructions, state))
         adversarial = generator_loss(recipe.image_loss, logits.float())
         loss = loss + recipe.image_weight * adversarial
         losses["image_adversarial"] = adversarial.detach()
@@ -236,6 +224,24 @@ def autoencoder_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     loss.backward()  # type: ignore[no-untyped-call]
     state.autoencoder_optimizer.step()
     return losses
+
+
+def _codes(images: Tensor, state: TrainingState, recipe: Recipe) -> Tensor:
+    """Codes (B, D, G, G) of the images, some of which get a synthetic defect first."""
+    state.encoder.train()
+    damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
+    codes: Tensor = state.encoder(damaged)
+    return codes
+
+
+def _fakes(codes: Tensor, reconstructions: Tensor, state: TrainingState) -> Tensor:
+    """What the image discriminator is shown: half reconstructions, half decoded draws of the prior. (B, C, S, S).
+
+    The draws are decoded by themselves: batch norm would mix them with the codes.
+    """
+    half = len(codes) // 2
+    samples = state.decoder(_prior(codes[half:].shape, state))
+    return torch.cat([reconstructions[:half].float(), samples.float()])
 
 
 def _prior(shape: torch.Size, state: TrainingState) -> Tensor:

@@ -4,7 +4,6 @@
 
 import io
 import json
-import os
 import pickle
 import time
 from dataclasses import asdict, dataclass
@@ -20,9 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 from models.calibration import Calibration
 from models.checkpoint import Checkpoint, save_checkpoint
 from models.errors import DataError, TrainingDivergedError, TrainingError
+from models.files import replace_file
 from models.scoring import raw_scores
-from training.config import Recipe, recipe_from_dict
-from training.data import Split, load_images, read_dataset, split_good_images
+from training.config import Recipe
+from training.data import Dataset, Split, load_images, read_dataset, split_good_images
 from training.loop import TrainingState, scoring_networks, train
 from training.progress import progress_bar
 
@@ -49,7 +49,7 @@ def train_folder(
     Returns the checkpoint's folder. Raises TrainingError if `out` holds another run, or one and not `resume`;
     DataError for images that do not do.
     """
-    split = split_images(data, recipe)
+    split = split_images(read_dataset(data), recipe)
     run = Run(
         recipe=asdict(recipe),
         name=data.resolve().name,
@@ -72,7 +72,7 @@ def train_folder(
     state = TrainingState(recipe, training, device=device)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_whole(out / "run.json", json.dumps(asdict(run), indent=1).encode())
+        replace_file(out / "run.json", json.dumps(asdict(run), indent=1).encode())
         if (out / "state.pt").exists():
             _load_state(out / "state.pt", state)
         _train_and_log(state, recipe, out, console)
@@ -94,12 +94,10 @@ def train_folder(
     return out / CHECKPOINT
 
 
-def split_images(data: Path, recipe: Recipe) -> Split:
-    split = split_good_images(
-        read_dataset(data), fraction=recipe.calibration_fraction, alpha=recipe.alpha, seed=recipe.seed
-    )
+def split_images(dataset: Dataset, recipe: Recipe) -> Split:
+    split = split_good_images(dataset, fraction=recipe.calibration_fraction, alpha=recipe.alpha, seed=recipe.seed)
     if len(split.training) < 2:
-        raise DataError(f"{len(split.training)} training images in {data}: at least 2 are needed.")
+        raise DataError(f"{len(split.training)} training images in {dataset.root}: at least 2 are needed.")
     return split
 
 
@@ -121,10 +119,6 @@ def read_run(out: Path) -> Run | None:
         return Run(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} does not describe a run: {error}.") from error
-
-
-def run_recipe(run: Run) -> Recipe:
-    return recipe_from_dict(run.recipe)
 
 
 def _continued(before: Run, run: Run, out: Path) -> Run:
@@ -181,7 +175,7 @@ def _forget_steps_after(log: Path, step: int) -> None:
             break
         if entry["step"] <= step:
             kept.append(line + "\n")
-    _write_whole(log, "".join(kept).encode())
+    replace_file(log, "".join(kept).encode())
 
 
 def _write_state(path: Path, state: TrainingState) -> None:
@@ -190,7 +184,7 @@ def _write_state(path: Path, state: TrainingState) -> None:
         raise TrainingDivergedError(f"a weight is not finite at step {state.step}: a smaller learning rate may help.")
     content = io.BytesIO()
     torch.save(state.state_dict(), content)
-    _write_whole(path, content.getvalue())
+    replace_file(path, content.getvalue())
 
 
 def _load_state(path: Path, state: TrainingState) -> None:
@@ -201,16 +195,3 @@ def _load_state(path: Path, state: TrainingState) -> None:
         raise TrainingError(
             f"{path} cannot be read, or was written on another kind of device than {device}: {error}."
         ) from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, after a kill or a full disk, finds the old content or the new."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
