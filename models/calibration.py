@@ -24,11 +24,13 @@ MIN_CALIBRATION_IMAGES = 4
 class Calibration:
     """The scores of the calibration images, (n, 3) in the order of SCORE_NAMES, and the default alpha.
 
-    Raises CalibrationError if n is too small for alpha, or a score is not finite.
+    weights: what each score counts for in the anomaly score, in the same order, 0 or more. Raises CalibrationError if
+    n is too small for alpha, or a score or a weight is not finite.
     """
 
     scores: FloatArray
     alpha: float
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 2 or self.scores.shape[1] != len(SCORE_NAMES):
@@ -37,6 +39,10 @@ class Calibration:
             raise CalibrationError(f"{self.n} calibration images: at least {MIN_CALIBRATION_IMAGES} are needed.")
         if not np.isfinite(self.scores).all():
             raise CalibrationError("a calibration score is not a finite number.")
+        if len(self.weights) != len(SCORE_NAMES) or not all(0 <= weight < math.inf for weight in self.weights):
+            raise CalibrationError(f"the weights of the scores are {list(self.weights)}: expected three, 0 or more.")
+        if not any(self.weights):
+            raise CalibrationError("the weights of the scores are all 0: one must be more.")
         self.check_alpha(self.alpha)
 
     @property
@@ -70,15 +76,23 @@ class Calibration:
         Each is standardised by the other n - 1 images. A part that is scored later did not take part in the median
         and the deviation; a calibration image that did would look too normal, and good parts too anomalous.
         """
-        alone = [_fuse(self.scores[i : i + 1], np.delete(self.scores, i, axis=0)) for i in range(self.n)]
+        alone = [self._fuse(self.scores[i : i + 1], np.delete(self.scores, i, axis=0)) for i in range(self.n)]
         return np.sort(np.concatenate(alone))
 
     def anomaly_score(self, scores: FloatArray) -> FloatArray:
-        """Fuse scores (B, 3) into (B,): the largest, in standard deviations of the good images' score.
+        """Fuse scores (B, 3) into (B,): their weighted mean, each in standard deviations of the good images' score."""
+        return self._fuse(scores, self.scores)
 
-        The largest, because a defect that only one of the three sees should not be averaged away.
+    def _fuse(self, scores: FloatArray, good: FloatArray) -> FloatArray:
+        """By the scores of good images (n, 3): median and median absolute deviation, so that one dusty image among
+        them does not move the scale; 1.4826 makes the latter a standard deviation where scores are normal.
         """
-        return _fuse(scores, self.scores)
+        middle = np.median(good, axis=0)
+        deviation = 1.4826 * np.median(np.abs(good - middle), axis=0)
+        # Scores that never vary (a constant image) have no scale; any other value is then infinitely far. The floor
+        # keeps that finite.
+        standardised = (scores - middle) / np.maximum(deviation, 1e-12)
+        return np.asarray(np.average(standardised, axis=1, weights=self.weights), dtype=np.float64)
 
     def p_value(self, anomaly_score: FloatArray) -> FloatArray:
         """(1 + #{calibration score >= s}) / (n + 1) for each s in (B,); in (0, 1]."""
@@ -95,19 +109,6 @@ class Calibration:
         # A p-value counts peaks >= s: at most alpha (n + 1) - 1 of them may lie above the level.
         above = math.floor(alpha * (self.n + 1) + 1e-9) - 1
         return float(peaks[self.n - 1 - above])
-
-
-def _fuse(scores: FloatArray, good: FloatArray) -> FloatArray:
-    """Scores (B, 3) in standard deviations from the middle of good ones (n, 3), and the largest of each row: (B,).
-
-    Median and median absolute deviation, so that one dusty image among the good ones does not move the scale; 1.4826
-    makes the latter a standard deviation where scores are normally distributed.
-    """
-    middle = np.median(good, axis=0)
-    deviation = 1.4826 * np.median(np.abs(good - middle), axis=0)
-    # Scores that never vary (a constant image) have no scale; any other value is then infinitely far. The floor
-    # keeps that finite.
-    return np.asarray(((scores - middle) / np.maximum(deviation, 1e-12)).max(axis=1), dtype=np.float64)
 
 
 def images_needed(alpha: float) -> int:

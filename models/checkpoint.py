@@ -21,16 +21,17 @@ import safetensors
 import safetensors.torch
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from models.calibration import Calibration
 from models.config import ModelConfig
 from models.errors import CalibrationError, CheckpointError, ConfigError
 from models.files import write_durably
-from models.networks import Decoder, Encoder
+from models.maps import MapFusion
+from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS_FILE = "model.safetensors"
 RECORD_FILE = "model.json"
 FIELDS = {
@@ -53,26 +54,30 @@ class Checkpoint:
     command that measured it, or empty. Both are JSON.
     """
 
-    config: ModelConfig
-    encoder: nn.Module
-    decoder: nn.Module
+    networks: ScoringNetworks
+    fusion: MapFusion
     calibration: Calibration
     origin: dict[str, Any]
     metrics: dict[str, Any]
     weights_sha256: str = ""
 
+    @property
+    def config(self) -> ModelConfig:
+        return self.networks.config
+
     def scorer(self, device: torch.device) -> Scorer:
-        return Scorer(self.config, self.encoder.to(device), self.decoder.to(device), self.calibration)
+        return Scorer(self.networks.to(device), self.fusion.to(device), self.calibration)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, in place of the one that may be there. Raises CheckpointError; the old one then stays."""
-    weights = safetensors.torch.save(_state(checkpoint.encoder, checkpoint.decoder))
+    weights = safetensors.torch.save(_state(checkpoint.networks, checkpoint.fusion))
     record = {
         "format": FORMAT,
         "model_config": asdict(checkpoint.config),
         "calibration": {
             "alpha": checkpoint.calibration.alpha,
+            "weights": list(checkpoint.calibration.weights),
             "scores": checkpoint.calibration.scores.tolist(),
         },
         "origin": checkpoint.origin,
@@ -114,17 +119,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         calibration = Calibration(
             scores=np.asarray(record["calibration"]["scores"], dtype=np.float64),
             alpha=record["calibration"]["alpha"],
+            weights=tuple(record["calibration"]["weights"]),
         )
-        encoder, decoder = Encoder(config), Decoder(config)
-        _load_state(encoder, decoder, weights)
+        networks, fusion = _load_state(config, weights)
     except (ConfigError, CalibrationError) as error:
         raise CheckpointError(f"{folder / RECORD_FILE}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder} does not describe a model: {error}.") from error
     return Checkpoint(
-        config=config,
-        encoder=encoder.eval(),
-        decoder=decoder.eval(),
+        networks=networks.eval(),
+        fusion=fusion,
         calibration=calibration,
         origin=record["origin"],
         metrics=record["metrics"],
@@ -155,22 +159,30 @@ def _record_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _state(encoder: nn.Module, decoder: nn.Module) -> dict[str, torch.Tensor]:
-    networks = {"encoder": encoder, "decoder": decoder}
+def _state(networks: ScoringNetworks, fusion: MapFusion) -> dict[str, Tensor]:
+    parts: dict[str, nn.Module] = {"networks": networks, "fusion": fusion}
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, network in networks.items()
-        for key, value in network.state_dict().items()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
     }
 
 
-def _load_state(encoder: nn.Module, decoder: nn.Module, weights: bytes) -> None:
+def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, MapFusion]:
     state = safetensors.torch.load(weights)
-    for name, network in {"encoder": encoder, "decoder": decoder}.items():
-        own = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(name)}
-        network.load_state_dict(own)
+    own = {key.removeprefix("networks."): state.pop(key) for key in list(state) if key.startswith("networks.")}
+    networks = ScoringNetworks(config, Standardisation())
+    networks.load_state_dict(own)
+    fusion = MapFusion(*(state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high")))
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")
+    # Of another number some broadcast: the scores would be wrong, and nothing would say so.
+    components = 1 if networks.head is None else 2
+    shapes = [tuple(value.shape) for value in (fusion.mean, fusion.deviation, fusion.low, fusion.high)]
+    place, ends = (components, *fusion.mean.shape[1:]), (2 * components,)
+    if fusion.mean.ndim != 3 or shapes != [place, place, ends, ends]:
+        raise ValueError(f"the fusion has shapes {shapes}, which do not fit {components} component maps")
+    return networks, fusion
 
 
 @contextmanager

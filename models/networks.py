@@ -1,10 +1,18 @@
-"""The four networks: encoder, decoder, latent discriminator, image discriminator.
+"""The networks: encoder, decoder, latent discriminator, image discriminator, and the segmentation head.
 
-Adversarial Autoencoders (Makhzani et al., arXiv 1511.05644) with DCGAN's convolutions (Radford et al., arXiv
-1511.06434). Images are (B, C, S, S) in [-1, 1]. A code is (B, D, G, G): G = 1 for a vector, S / 16 for a grid, so
-that one code path serves both, with the prior N(0, I) at every cell.
+Adversarial Autoencoders (Makhzani et al., arXiv 1511.05644) with DCGAN's strided convolutions (Radford et al., arXiv
+1511.06434). Images are (B, C, H, W), standardised; H and W are multiples of 16. A code is (B, D, G, G): G = 1 for a
+vector, a sixteenth of the image's side for a grid, so that one code path serves both, with the prior N(0, I) at every
+cell.
+
+What scores replicates the borders instead of padding with zeros: zeros outside are an edge around every image and every
+tile, and the map would be high there on good parts.
 """
 
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig, NormPosition
@@ -16,14 +24,14 @@ def _normalised(channels: int, activation: nn.Module, position: NormPosition) ->
 
 
 class Encoder(nn.Module):
-    """images (B, C, S, S) -> codes (B, D, G, G), pushed towards N(0, I) by the latent discriminator."""
+    """images (B, C, H, W) -> codes (B, D, G, G), pushed towards N(0, I) by the latent discriminator."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = config.channels
         for width in config.stage_widths:
-            layers.append(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1))
+            layers.append(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1, padding_mode="replicate"))
             layers += _normalised(width, nn.LeakyReLU(0.2), config.batch_norm)
             channels = width
         # A vector sees the whole map at once, a cell of a grid only its own place.
@@ -37,7 +45,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """codes (B, D, G, G) -> images (B, C, S, S) in (-1, 1): the generator of the adversarial pair."""
+    """codes (B, D, G, G) -> images (B, C, H, W), standardised: the generator of the adversarial pair."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,11 +53,14 @@ class Decoder(nn.Module):
         kernel = config.bottleneck_side if config.latent == "vector" else 1
         layers: list[nn.Module] = [nn.ConvTranspose2d(config.latent_dim, widths[0], kernel_size=kernel)]
         layers += _normalised(widths[0], nn.ReLU(), config.batch_norm)
-        for width, next_width in zip(widths, [*widths[1:], config.width], strict=True):
-            # Kernel 4 is a multiple of stride 2: every output pixel gets as many taps, so no checkerboard.
-            layers.append(nn.ConvTranspose2d(width, next_width, kernel_size=4, stride=2, padding=1))
+        for width, next_width in pairwise(widths):
+            layers.append(nn.Upsample(scale_factor=2))
+            layers.append(nn.Conv2d(width, next_width, kernel_size=3, padding=1, padding_mode="replicate"))
             layers += _normalised(next_width, nn.ReLU(), config.batch_norm)
-        layers += [nn.Conv2d(config.width, config.channels, kernel_size=3, padding=1), nn.Tanh()]
+        # The last doubling by pixel shuffle (Shi et al., arXiv 1609.05158): a feature map at full size would take half
+        # of the decoder's time.
+        layers.append(nn.Conv2d(widths[-1], 4 * config.channels, kernel_size=3, padding=1, padding_mode="replicate"))
+        layers.append(nn.PixelShuffle(2))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -81,7 +92,7 @@ class LatentDiscriminator(nn.Module):
 
 
 class ImageDiscriminator(nn.Module):
-    """images (B, C, S, S) -> one unbounded logit per patch (B, 1, S/16, S/16): high for a photographed part.
+    """images (B, C, H, W) -> one unbounded logit per patch (B, 1, H/16, W/16): high for a photographed part.
 
     Patches as in PatchGAN (Isola et al., arXiv 1611.07004). Group norm works sample by sample, so that it is safe
     under a gradient penalty.
@@ -104,6 +115,112 @@ class ImageDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layers(images)
         return logits
+
+
+class SegmentationHead(nn.Module):
+    """(images, reconstructions), each (B, C, H, W), and places (B, 2, H, W) -> one logit per pixel (B, 1, H, W): high
+    on a defect.
+
+    DRAEM's discriminative network (Zavrtanik et al., arXiv 2108.07610), a U-Net (Ronneberger et al., arXiv
+    1505.04597), made small: it starts and ends at half the resolution, and adds its skip connections where the
+    original concatenates them. It knows where it looks (CoordConv, Liu et al., arXiv 1807.03247): what belongs on one
+    side of a part may be a defect on the other.
+    """
+
+    LEVELS = 3
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        widths = [config.head_width * min(2**level, 4) for level in range(self.LEVELS + 1)]
+        # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter.
+        inputs = (2 * config.channels + 2) * 4
+        self.first = nn.Sequential(*_convolution(inputs, widths[0]), *_convolution(widths[0], widths[0]))
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), *_convolution(fine, coarse), *_convolution(coarse, coarse))
+            for fine, coarse in pairwise(widths)
+        )
+        self.across = nn.ModuleList(nn.Conv2d(coarse, fine, kernel_size=1) for fine, coarse in pairwise(widths))
+        self.up = nn.ModuleList(nn.Sequential(*_convolution(fine, fine)) for fine in widths[:-1])
+        self.last = nn.Conv2d(widths[0], 4, kernel_size=1)
+        # Defects are rare: to begin with, one pixel in twenty.
+        assert self.last.bias is not None
+        nn.init.constant_(self.last.bias, -3.0)
+
+    def forward(self, images: Tensor, reconstructions: Tensor, places: Tensor) -> Tensor:
+        inputs = torch.cat([images, reconstructions, places.expand(len(images), -1, -1, -1)], dim=1)
+        features = self.first(F.pixel_unshuffle(inputs, 2))  # (B, w, H/2, W/2)
+        finer = []
+        for down in self.down:
+            finer.append(features)
+            features = down(features)
+        for across, up in zip(reversed(self.across), reversed(self.up), strict=True):
+            features = up(F.interpolate(across(features), scale_factor=2) + finer.pop())
+        logits: Tensor = F.pixel_shuffle(self.last(features), 2)
+        return logits
+
+
+def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, padding_mode="replicate", bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.LeakyReLU(0.1),
+    ]
+
+
+class Standardisation(nn.Module):
+    """Pixels of one product -> images with mean 0 and deviation 0.5, so that one recipe suits dark and pale products.
+
+    mean, deviation: of all training pixels, in gray levels, over all channels at once, so that colours keep their hue.
+    """
+
+    def __init__(self, mean: float = 127.5, deviation: float = 63.75) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        # Images of one flat colour have no deviation.
+        self.register_buffer("scale", torch.tensor(max(2.0 * deviation, 1.0)))
+        self.mean: Tensor
+        self.scale: Tensor
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 in [0, 255], any shape -> float32."""
+        return (pixels.float() - self.mean) / self.scale
+
+    def intensities(self, images: Tensor) -> Tensor:
+        """The way back, to intensities in [0, 1], of which a reconstruction may lie outside."""
+        return (images * self.scale + self.mean) / 255
+
+
+def places_of(size: int, device: torch.device) -> Tensor:
+    """How far across and down each pixel of an image lies, from -1 to 1: (2, S, S)."""
+    axis = torch.linspace(-1, 1, size, device=device)
+    return torch.stack([axis.expand(size, size), axis.view(size, 1).expand(size, size)])
+
+
+class ScoringNetworks(nn.Module):
+    """The networks that a checkpoint holds and that score: all but the discriminators."""
+
+    def __init__(self, config: ModelConfig, standardisation: Standardisation) -> None:
+        super().__init__()
+        self.config = config
+        self.standardisation = standardisation
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.head = SegmentationHead(config) if config.head_width else None
+        # Convolutions on CPUs and on tensor cores want the channels of a pixel side by side: three times as fast.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes (B, D, G, G), reconstructions (B, C, H, W) and the head's logits (B, 1, H, W) of standardised images.
+
+        places: (B or 1, 2, H, W), of `places_of`, where the pixels lie in the whole image.
+
+        The head does not teach the autoencoder: it sees reconstructions, not how they were made.
+        """
+        images = images.contiguous(memory_format=torch.channels_last)
+        codes = self.encoder(images)
+        reconstructions = self.decoder(codes)
+        logits = self.head(images, reconstructions.detach(), places) if self.head else None
+        return codes, reconstructions, logits
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The three scores, the anomaly map, and the Scorer that turns images into verdicts.
+"""The three scores, and the Scorer that turns images into verdicts.
 
 Higher is more anomalous, always. Training's calibration, the command line and the service all score here.
 """
@@ -11,66 +11,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
-from models.config import ModelConfig
 from models.errors import ConfigError
+from models.maps import MapFusion, component_maps
+from models.networks import ScoringNetworks, places_of
 
 MapArray = NDArray[np.float32]
-
-GRADIENT_SCALES = 3
-# Zavrtanik et al., RIAD (Pattern Recognition 2021): keeps the ratio steady where both images are flat.
-GRADIENT_CONSTANT = 0.0026
-
-
-def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
-    """How alike the edges of two images are, per pixel: (B, C, S, S) in [-1, 1] -> (B, 1, S, S) in (0, 1].
-
-    Xue et al., Gradient Magnitude Similarity Deviation, arXiv 1308.3052, equation 4, on the gray images in [0, 1]
-    with the Prewitt operator.
-    """
-    first, second = _gradient_magnitude(images), _gradient_magnitude(others)
-    return (2 * first * second + GRADIENT_CONSTANT) / (first**2 + second**2 + GRADIENT_CONSTANT)
-
-
-def _gradient_magnitude(images: Tensor) -> Tensor:
-    gray = (images.mean(dim=1, keepdim=True) + 1) / 2  # (B, 1, S, S) in [0, 1]
-    rows = gray.new_tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]]) / 3
-    kernels = torch.stack([rows, rows.T]).unsqueeze(1)  # (2, 1, 3, 3)
-    # Replicated borders: zeros outside would draw an edge around every image.
-    slopes = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, S, S)
-    # The root's slope is infinite at zero; the constant is far below one grey level.
-    return (slopes.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
-
-
-def residual_map(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Where an image differs from its reconstruction: (B, C, S, S) in [-1, 1] -> (B, S, S) in [0, 2].
-
-    The mean absolute difference in intensity, in [0, 1], plus the mean over scales of 1 - gradient magnitude
-    similarity, in [0, 1): the first sees colour and missing material, the second fine structure. Smoothed by a
-    Gaussian, because a defect is larger than a pixel and a mislaid edge is not.
-    """
-    difference = (images - reconstructions).abs().mean(dim=1, keepdim=True) / 2  # (B, 1, S, S)
-    size = images.shape[-1]
-    for scale in range(GRADIENT_SCALES):
-        if scale > 0:
-            images, reconstructions = F.avg_pool2d(images, 2), F.avg_pool2d(reconstructions, 2)
-        # In float32 a similarity can round to just above one.
-        change = (1 - gradient_magnitude_similarity(images, reconstructions)).clamp(min=0)
-        change = F.interpolate(change, size=(size, size), mode="bilinear", align_corners=False)
-        difference = difference + change / GRADIENT_SCALES
-    return _smooth(difference, sigma=size / 64).squeeze(1)
-
-
-def _smooth(maps: Tensor, *, sigma: float) -> Tensor:
-    """Separable Gaussian blur of (B, 1, S, S), borders replicated."""
-    radius = math.ceil(3 * sigma)
-    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
-    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    weights = weights / weights.sum()
-    maps = F.pad(maps, (radius, radius, radius, radius), mode="replicate")
-    return F.conv2d(F.conv2d(maps, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
 
 
 def latent_score(codes: Tensor) -> Tensor:
@@ -92,46 +40,83 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
 @dataclass(frozen=True, eq=False)
-class RawScores:
-    """Of B images: the scores (B, 3) in the order of SCORE_NAMES, the maps (B, S, S), the reconstructions."""
+class Outputs:
+    """What the networks say of B images."""
 
-    scores: FloatArray
-    maps: MapArray
-    reconstructions: Tensor  # (B, C, S, S) in [-1, 1]
+    reconstruction: Tensor  # (B,) mean squared error per pixel and channel, of intensities in [0, 1]
+    latent: Tensor  # (B,) nats per latent dimension
+    maps: Tensor  # (B, K, S, S) component maps
+    reconstructions: Tensor  # (B, C, S, S) intensities, in [0, 1] or a little outside
 
 
 @torch.inference_mode()
-def raw_scores(encoder: nn.Module, decoder: nn.Module, pixels: Tensor) -> RawScores:
-    """Score images by networks in eval mode, in float32.
+def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
+    """Run networks in eval mode on uint8 (B, C, S, S), on any device, in float32.
 
-    pixels: uint8 (B, C, S, S) on any device. `reconstruction` is the mean squared error per pixel and channel, of
-    intensities in [0, 1]. `latent` is in nats per latent dimension. `anomaly_map` is the highest value of the map.
-    Raises ValueError if a network is in training mode: batch norm would mix the images of the batch.
+    Raises ValueError if the networks are in training mode: batch norm would mix the images of the batch.
     """
-    if encoder.training or decoder.training:
+    if any(module.training for module in networks.modules()):
         raise ValueError("scoring needs networks in eval mode.")
-    images = normalise(pixels.to(next(encoder.parameters()).device))
+    side = networks.config.side
     # TensorFloat-32 would make a score depend on which kernel the batch size selects.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        codes = encoder(images)
-        reconstructions = decoder(codes)
-        maps = residual_map(images, reconstructions)
-    squared_error = ((images - reconstructions) / 2).square().flatten(1).mean(dim=1)
-    table = torch.stack([squared_error, latent_score(codes), maps.flatten(1).amax(dim=1)], dim=1)  # (B, 3)
-    return RawScores(scores=table.double().cpu().numpy(), maps=maps.cpu().numpy(), reconstructions=reconstructions)
+        images = networks.standardisation(pixels.to(next(networks.parameters()).device))
+        codes, reconstructions, logits = in_tiles(networks, images, tile=side)
+        maps = component_maps(images, reconstructions, logits, sigma=side / 64)
+    as_intensities = networks.standardisation.intensities
+    error = as_intensities(images) - as_intensities(reconstructions)
+    return Outputs(
+        reconstruction=error.square().flatten(1).mean(dim=1),
+        latent=latent_score(codes),
+        maps=maps,
+        reconstructions=as_intensities(reconstructions),
+    )
+
+
+def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the networks give for images (B, C, S, S), from windows of tile x tile that overlap by about a quarter.
+
+    In the overlap each window counts the less the nearer its border is, where it knows least of the surroundings: no
+    seam shows. Codes of all windows are one below the other, (B, D, T G, G).
+    """
+    size = images.shape[-1]
+    places = places_of(size, images.device).unsqueeze(0)
+    if size == tile:
+        whole: tuple[Tensor, Tensor, Tensor | None] = networks(images, places)
+        return whole
+    step = 3 * tile // 4 // 16 * 16  # a multiple of the encoder's stride: every window is cut at the same phase
+    starts = [*range(0, size - tile, step), size - tile]
+    distance = torch.arange(tile, device=images.device) + 0.5
+    ramp = (torch.minimum(distance, tile - distance) / (tile - step)).clamp(max=1)
+    weight = ramp.view(1, 1, tile, 1) * ramp.view(1, 1, 1, tile)
+    codes = []
+    stitched = torch.zeros(len(images), images.shape[1] + 1, size, size, device=images.device)
+    total = torch.zeros(1, 1, size, size, device=images.device)
+    for top in starts:
+        for left in starts:
+            window = slice(top, top + tile), slice(left, left + tile)
+            code, reconstructions, logits = networks(images[..., *window], places[..., *window])
+            codes.append(code)
+            stitched[:, :-1, *window] += weight * reconstructions
+            if logits is not None:
+                stitched[:, -1:, *window] += weight * logits
+            total[..., *window] += weight
+    stitched = stitched / total
+    return torch.cat(codes, dim=2), stitched[:, :-1], None if networks.head is None else stitched[:, -1:]
+
+
+def table(found: Outputs, maps: Tensor) -> FloatArray:
+    """The scores (B, 3) in the order of SCORE_NAMES; that of the anomaly maps (B, S, S) is their highest value."""
+    columns = [found.reconstruction, found.latent, maps.flatten(1).amax(dim=1)]
+    return torch.stack(columns, dim=1).double().cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Of B images. `scores` is (B, 3) in the order of SCORE_NAMES; `maps` (B, S, S) is >= 0.
 
-    Reconstructions are (B, C, S, S) in [-1, 1], on the scorer's device.
+    Reconstructions are intensities (B, C, S, S), in [0, 1] or a little outside, on the scorer's device.
     """
 
     scores: FloatArray
@@ -146,28 +131,31 @@ class Scores:
 
 
 class Scorer:
-    """Encoder, decoder and calibration, frozen and in eval mode. One image's scores never depend on another's."""
+    """Networks and calibration, frozen and in eval mode. One image's scores never depend on another's."""
 
-    def __init__(self, config: ModelConfig, encoder: nn.Module, decoder: nn.Module, calibration: Calibration) -> None:
-        self.config = config
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.decoder = decoder.eval().requires_grad_(False)
+    def __init__(self, networks: ScoringNetworks, fusion: MapFusion, calibration: Calibration) -> None:
+        self.config = networks.config
+        self.networks = networks.eval().requires_grad_(False)
+        self.fusion = fusion
         self.calibration = calibration
 
     @property
     def device(self) -> torch.device:
-        return next(self.encoder.parameters()).device
+        return next(self.networks.parameters()).device
 
+    @torch.inference_mode()
     def score(self, pixels: Tensor) -> Scores:
         """Score images of models.images.image_tensor, stacked: uint8 (B, C, S, S)."""
-        raw = raw_scores(self.encoder, self.decoder, pixels)
-        anomaly_score = self.calibration.anomaly_score(raw.scores)
+        found = outputs(self.networks, pixels)
+        maps = self.fusion(found.maps)
+        scores = table(found, maps)
+        anomaly_score = self.calibration.anomaly_score(scores)
         return Scores(
-            scores=raw.scores,
+            scores=scores,
             anomaly_score=anomaly_score,
             p_value=self.calibration.p_value(anomaly_score),
-            maps=raw.maps,
-            reconstructions=raw.reconstructions,
+            maps=maps.cpu().numpy(),
+            reconstructions=found.reconstructions,
         )
 
 

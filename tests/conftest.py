@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 from models.calibration import Calibration
 from models.checkpoint import Checkpoint, save_checkpoint
 from models.config import ModelConfig
-from models.networks import Decoder, Encoder
+from models.maps import MapFusion
+from models.networks import ScoringNetworks, Standardisation
 from service.app import create_app
 from service.settings import Settings
 
@@ -34,7 +35,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config() -> ModelConfig:
-    return ModelConfig(image_size=32, channels=3, width=8, latent="grid", latent_dim=4)
+    return ModelConfig(image_size=32, channels=3, width=8, latent="grid", latent_dim=4, head_width=8)
 
 
 @pytest.fixture
@@ -42,12 +43,11 @@ def checkpoint(config: ModelConfig) -> Checkpoint:
     """Untrained networks, with a calibration of nineteen images: alpha = 0.05 is just resolved."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder, decoder = Encoder(config).eval(), Decoder(config).eval()
-    scores = np.random.default_rng(0).normal(loc=[0.2, 1.0, 1.0], scale=0.1, size=(19, 3))
+        networks = ScoringNetworks(config, Standardisation()).eval()
+    scores = np.random.default_rng(0).normal(loc=[0.03, 0.92, 0.167], scale=0.01, size=(19, 3))
     return Checkpoint(
-        config=config,
-        encoder=encoder,
-        decoder=decoder,
+        networks=networks,
+        fusion=MapFusion(torch.zeros(2, 8, 8), torch.ones(2, 8, 8), torch.zeros(4), torch.ones(4)),
         calibration=Calibration(scores=scores, alpha=0.05),
         origin={"name": "nut", "command": "drawn by a test"},
         metrics={},

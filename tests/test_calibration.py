@@ -1,6 +1,7 @@
 """p-values, thresholds and the fusion of the scores, against brute force and by simulation."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ Array = NDArray[np.float64]
 MAP = SCORE_NAMES.index("anomaly_map")
 
 
-def calibration_of(n: int, *, seed: int = 0, alpha: float | None = None) -> Calibration:
+def calibration_of(
+    n: int, *, seed: int = 0, alpha: float | None = None, weights: tuple[float, ...] = (1, 1, 1)
+) -> Calibration:
     scores = np.random.default_rng(seed).normal(loc=[0.2, 1.4, 0.7], scale=[0.02, 0.1, 0.05], size=(n, 3))
-    return Calibration(scores=scores, alpha=1 / (n + 1) if alpha is None else alpha)
+    return Calibration(scores=scores, alpha=1 / (n + 1) if alpha is None else alpha, weights=weights)
 
 
 def p_values(calibration: Calibration, parts: Array) -> Array:
@@ -25,27 +28,29 @@ def p_values(calibration: Calibration, parts: Array) -> Array:
     return calibration.p_value(calibration.anomaly_score(parts))
 
 
-def standardised(part: Array, good: Array) -> float:
+def fused(part: Array, good: Array, weights: Sequence[float]) -> float:
     middle = np.median(good, axis=0)
-    return float(((part - middle) / (1.4826 * np.median(np.abs(good - middle), axis=0))).max())
+    standardised = (part - middle) / (1.4826 * np.median(np.abs(good - middle), axis=0))
+    return sum(weight * float(one) for weight, one in zip(weights, standardised, strict=True)) / sum(weights)
 
 
-def p_value_by_definition(scores: Array, part: Array) -> float:
+def p_value_by_definition(scores: Array, part: Array, weights: Sequence[float] = (1, 1, 1)) -> float:
     """Each calibration image is standardised by the others, the part by all of them: slowly, one by one."""
     n = len(scores)
-    others = [standardised(scores[i], np.delete(scores, i, axis=0)) for i in range(n)]
-    return (1 + sum(other >= standardised(part, scores) for other in others)) / (n + 1)
+    others = [fused(scores[i], np.delete(scores, i, axis=0), weights) for i in range(n)]
+    return (1 + sum(other >= fused(part, scores, weights) for other in others)) / (n + 1)
 
 
 # p-values
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.01, 0.48, 0.3), (0, 0, 2)])
 @pytest.mark.parametrize("n", [4, 5, 19, 39, 200])
-def test_p_value_is_the_share_of_calibration_images_that_score_as_high(n):
-    calibration = calibration_of(n)
+def test_p_value_is_the_share_of_calibration_images_that_score_as_high(n, weights):
+    calibration = calibration_of(n, weights=weights)
     centre, spread = calibration.scores.mean(axis=0), calibration.scores.std(axis=0)
     parts = centre + spread * np.random.default_rng(1).normal(scale=2, size=(60, 3))
-    expected = [p_value_by_definition(calibration.scores, part) for part in parts]
+    expected = [p_value_by_definition(calibration.scores, part, weights) for part in parts]
     assert len(set(expected)) >= 3
     assert p_values(calibration, parts) == pytest.approx(np.array(expected), abs=1e-12)
 
@@ -69,7 +74,7 @@ def test_p_value_stays_between_its_smallest_and_one():
 def test_p_value_falls_as_a_score_rises():
     calibration = calibration_of(39)
     parts = np.repeat(calibration.scores.mean(axis=0, keepdims=True), 400, axis=0)
-    parts[:, 0] += np.linspace(-5, 5, 400) * 0.02
+    parts[:, 0] += np.linspace(-10, 10, 400) * 0.02
     falling = p_values(calibration, parts)
     assert (np.diff(falling) <= 0).all()
     assert falling[0] > 0.5
@@ -113,8 +118,8 @@ def good_scores(distribution: str, *, generator: np.random.Generator, shape: tup
     "distribution",
     ["normal", "heavy tailed", "skewed", "one cause", "dust on one in twenty", "equal but one in twenty"],
 )
-@pytest.mark.parametrize("n", [19, 39])
-def test_good_parts_are_flagged_no_more_often_than_alpha(n, distribution):
+@pytest.mark.parametrize(("n", "weights"), [(19, (0.01, 0.45, 0.3)), (39, (1, 1, 1))])
+def test_good_parts_are_flagged_no_more_often_than_alpha(n, weights, distribution):
     """2000 calibrations of n images, 20 good parts each: p <= alpha for a share of alpha at most.
 
     The alphas are those that n gives exactly. The slack is sampling: the rate of one calibration, around k / (n + 1),
@@ -125,25 +130,58 @@ def test_good_parts_are_flagged_no_more_often_than_alpha(n, distribution):
     alphas = np.array([1, 2, 4]) / (n + 1)
     flagged = np.zeros(3)
     for one in scores:
-        calibration = Calibration(scores=one[:n], alpha=1 / (n + 1))
+        calibration = Calibration(scores=one[:n], alpha=1 / (n + 1), weights=weights)
         flagged += (p_values(calibration, one[n:])[:, None] <= alphas + 1e-12).sum(axis=0)
     rate = flagged / (repetitions * parts)
     slack = 3 * np.sqrt(alphas * (1 - alphas) / (n + 2) / repetitions)
     assert (rate <= alphas + slack).all(), f"{rate} at {alphas}"
     if "equal" not in distribution:  # ties only ever make for caution
-        assert (rate >= 0.5 * alphas).all(), f"{rate} at {alphas}"
+        # So does dust: a dusty calibration image is measured by the others, a dusty part by a deviation with one more.
+        assert (rate >= 0.4 * alphas).all(), f"{rate} at {alphas}"
 
 
 # Fusion
 
 
-def test_anomaly_score_is_the_largest_standardised_score():
-    good = np.array(
-        [[0.0, 10.0, 100.0], [1.0, 12.0, 104.0], [2.0, 14.0, 108.0], [3.0, 16.0, 112.0], [4.0, 18.0, 116.0]]
-    )
+GOOD = np.array([[0.0, 10.0, 100.0], [1.0, 12.0, 104.0], [2.0, 14.0, 108.0], [3.0, 16.0, 112.0], [4.0, 18.0, 116.0]])
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 5), (0.01, 0.25, 0), (0, 0, 3)])
+def test_anomaly_score_is_the_weighted_mean_of_the_standardised_scores(weights):
     queries = np.array([[2.0, 14.0, 108.0], [5.0, 14.0, 108.0], [2.0, 24.0, 112.0], [1.0, 10.0, 104.0]])
-    expected = np.array([0, 3, 5, -1]) / 1.4826
-    assert Calibration(scores=good, alpha=0.2).anomaly_score(queries) == pytest.approx(expected)
+    away = np.array([[0, 0, 0], [3, 0, 0], [0, 5, 1], [-1, -2, -1]])  # in median absolute deviations
+    expected = (away * weights).sum(axis=1) / sum(weights) / 1.4826
+    calibration = Calibration(scores=GOOD, alpha=0.2, weights=weights)
+    assert calibration.anomaly_score(queries) == pytest.approx(expected)
+
+
+def test_scores_count_alike_where_no_weights_are_given():
+    assert Calibration(scores=GOOD, alpha=0.2).weights == (1, 1, 1)
+
+
+def test_anomaly_score_depends_on_the_weights_ratio_alone():
+    parts = calibration_of(50, seed=1).scores
+    one, other = calibration_of(19, weights=(1, 2, 5)), calibration_of(19, weights=(0.05, 0.1, 0.25))
+    assert one.anomaly_score(parts) == pytest.approx(other.anomaly_score(parts))
+    assert p_values(one, parts) == pytest.approx(p_values(other, parts))
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_a_score_of_weight_zero_has_no_say(silent):
+    weights = tuple(0.0 if index == silent else 1.0 for index in range(3))
+    calibration = calibration_of(19, weights=weights)
+    parts = calibration_of(50, seed=1).scores
+    changed = parts.copy()
+    changed[:, silent] += 1e6
+    assert np.array_equal(calibration.anomaly_score(changed), calibration.anomaly_score(parts))
+    assert np.array_equal(p_values(calibration, changed), p_values(calibration, parts))
+    # Not in the calibration images either, not even where it never varies.
+    scores = calibration.scores.copy()
+    scores[:, silent] = 7
+    other = Calibration(scores=scores, alpha=0.05, weights=weights)
+    assert np.array_equal(p_values(other, changed), p_values(calibration, parts))
+    # With a say it decides.
+    assert not np.array_equal(p_values(calibration_of(19), changed), p_values(calibration_of(19), parts))
 
 
 def test_anomaly_score_does_not_depend_on_a_scores_unit():
@@ -303,6 +341,21 @@ def test_a_calibration_score_that_is_not_finite_is_refused(value):
     scores[11, 1] = value
     with pytest.raises(CalibrationError, match="not a finite number"):
         Calibration(scores=scores, alpha=0.05)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(), (1, 1), (1, 1, 1, 1), (-0.1, 1, 1), (1, 1, math.nan), (math.inf, 1, 1), (1, -math.inf, 1)],
+)
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(CalibrationError, match="the weights of the scores are") as raised:
+        calibration_of(19, weights=weights)
+    assert str(raised.value) == f"the weights of the scores are {list(weights)}: expected three, 0 or more."
+
+
+def test_weights_that_are_all_zero_are_refused():
+    with pytest.raises(CalibrationError, match="all 0: one must be more"):
+        calibration_of(19, weights=(0, 0, 0))
 
 
 def test_a_calibration_that_cannot_resolve_its_own_alpha_is_refused():

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.calibration import Calibration
 from models.checkpoint import FIELDS, Checkpoint, load_checkpoint, save_checkpoint
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.networks import Decoder, Encoder
-from models.scoring import normalise
+from models.maps import MapFusion
+from models.networks import ScoringNetworks, Standardisation, places_of
 
 CPU = torch.device("cpu")
 
@@ -54,23 +54,53 @@ def rewrite(folder: Path, changes: dict[str, Any], *, weights: bytes | None = No
 # There and back
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("latent", ["vector", "grid"])
-@pytest.mark.parametrize("batch_norm", ["before", "after"])
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, checkpoint, channels, latent, batch_norm):
-    config = ModelConfig(image_size=48, channels=channels, width=8, latent=latent, latent_dim=5, batch_norm=batch_norm)
-    saved = replace(checkpoint, config=config, encoder=Encoder(config), decoder=Decoder(config))
-    save_checkpoint(tmp_path / "nut", saved)
-    loaded = load_checkpoint(tmp_path / "nut")
-    assert loaded.config == config
-    for network, other in [(saved.encoder, loaded.encoder), (saved.decoder, loaded.decoder)]:
-        state, other_state = network.state_dict(), other.state_dict()
+def fusion_of(config: ModelConfig) -> MapFusion:
+    """No number in it is like another."""
+    components = 2 if config.head_width else 1
+    numbers = torch.rand(2, components, 8, 8, generator=torch.Generator().manual_seed(0))
+    ends = torch.linspace(-1, 1, 4 * components)
+    return MapFusion(numbers[0], 1 + numbers[1], ends[: 2 * components], ends[2 * components :])
+
+
+def with_config(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    return replace(checkpoint, networks=ScoringNetworks(config, Standardisation(100.0, 30.0)), fusion=fusion_of(config))
+
+
+def assert_same_weights(saved: Checkpoint, loaded: Checkpoint) -> None:
+    for module, other in [(saved.networks, loaded.networks), (saved.fusion, loaded.fusion)]:
+        state, other_state = module.state_dict(), other.state_dict()
         assert state.keys() == other_state.keys()
         assert all(torch.equal(state[key], other_state[key]) for key in state)
         assert all(state[key].dtype == other_state[key].dtype for key in state)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("latent", ["vector", "grid"])
+@pytest.mark.parametrize("batch_norm", ["before", "after"])
+@pytest.mark.parametrize("head_width", [0, 8])
+@pytest.mark.parametrize("tile", [0, 32])
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, checkpoint, channels, latent, batch_norm, head_width, tile):
+    config = ModelConfig(
+        image_size=48,
+        tile=tile,
+        channels=channels,
+        width=8,
+        latent=latent,
+        latent_dim=5,
+        batch_norm=batch_norm,
+        head_width=head_width,
+    )
+    calibration = replace(checkpoint.calibration, weights=(0.01, 0.1 + 0.2, 0.4))
+    saved = replace(with_config(checkpoint, config), calibration=calibration)
+    save_checkpoint(tmp_path / "nut", saved)
+    loaded = load_checkpoint(tmp_path / "nut")
+    assert loaded.config == config
+    assert_same_weights(saved, loaded)
+    assert (loaded.networks.head is None) == (head_width == 0)
     assert np.array_equal(loaded.calibration.scores, saved.calibration.scores)
     assert loaded.calibration.scores.dtype == np.float64
     assert loaded.calibration.alpha == saved.calibration.alpha
+    assert loaded.calibration.weights == (0.01, 0.1 + 0.2, 0.4)
     assert loaded.origin == saved.origin
     assert loaded.metrics == saved.metrics
 
@@ -86,15 +116,26 @@ def test_origin_and_metrics_come_back_as_they_were(tmp_path, checkpoint):
 
 def test_a_loaded_checkpoint_is_in_eval_mode_and_scores_the_same(tmp_path, checkpoint):
     # Statistics of its own in every batch norm: they are part of what must come back.
+    images = checkpoint.networks.standardisation(pixels_of(8, seed=1))
     with torch.no_grad():
-        checkpoint.decoder.train()(checkpoint.encoder.train()(normalise(pixels_of(8, seed=1))))
-    save_checkpoint(tmp_path / "nut", checkpoint)  # in training mode
+        checkpoint.networks.train()(images, places_of(32, CPU)[None])
+    saved = replace(checkpoint, fusion=fusion_of(checkpoint.config))
+    save_checkpoint(tmp_path / "nut", saved)  # in training mode
     loaded = load_checkpoint(tmp_path / "nut")
-    for network in (loaded.encoder, loaded.decoder):
-        assert not any(module.training for module in network.modules())
-    before, after = checkpoint.scorer(CPU).score(pixels_of(4)), loaded.scorer(CPU).score(pixels_of(4))
+    assert not any(module.training for module in loaded.networks.modules())
+    before, after = saved.scorer(CPU).score(pixels_of(4)), loaded.scorer(CPU).score(pixels_of(4))
     for name in ("scores", "anomaly_score", "p_value", "maps"):
         assert np.array_equal(getattr(before, name), getattr(after, name))
+
+
+def test_a_tiled_checkpoint_scores_the_same_after_loading(tmp_path, checkpoint):
+    saved = with_config(checkpoint, replace(checkpoint.config, image_size=64, tile=48))
+    save_checkpoint(tmp_path / "nut", saved)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    before = saved.scorer(CPU).score(pixels)
+    after = load_checkpoint(tmp_path / "nut").scorer(CPU).score(pixels)
+    assert np.array_equal(before.scores, after.scores)
+    assert np.array_equal(before.maps, after.maps)
 
 
 def test_saving_what_was_loaded_gives_the_same_files(tmp_path, folder):
@@ -108,22 +149,29 @@ def test_a_checkpoint_is_two_files_that_anyone_may_read(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["nut"]
     record = json.loads((folder / "model.json").read_text())
     assert set(record) == FIELDS
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["versions"]["torch"] == torch.__version__
     weights = (folder / "model.safetensors").read_bytes()
     assert record["weights_sha256"] == hashlib.sha256(weights).hexdigest() == load_checkpoint(folder).weights_sha256
 
 
-def test_weights_are_named_by_network(folder):
+def test_weights_are_named_by_their_part(folder):
     names = safetensors.torch.load_file(folder / "model.safetensors")
-    assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
+    assert {".".join(name.split(".")[: 2 if name.startswith("networks") else 1]) for name in names} == {
+        "networks.encoder",
+        "networks.decoder",
+        "networks.head",
+        "networks.standardisation",
+        "fusion",
+    }
 
 
-def test_a_network_that_is_not_contiguous_is_saved(tmp_path, checkpoint):
-    weights = checkpoint.encoder.state_dict()["layers.0.weight"].clone()
-    checkpoint.encoder.to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_networks_of_any_memory_format_are_saved(tmp_path, checkpoint, memory_format):
+    weights = checkpoint.networks.encoder.state_dict()["layers.0.weight"].clone()
+    checkpoint.networks.to(memory_format=memory_format)
     save_checkpoint(tmp_path / "nut", checkpoint)
-    assert torch.equal(load_checkpoint(tmp_path / "nut").encoder.state_dict()["layers.0.weight"], weights)
+    assert torch.equal(load_checkpoint(tmp_path / "nut").networks.encoder.state_dict()["layers.0.weight"], weights)
 
 
 # Changed files
@@ -174,7 +222,7 @@ def test_a_file_that_was_cut_or_goes_on_is_refused(folder, file):
 
 
 def test_files_of_two_checkpoints_are_refused(tmp_path, folder, checkpoint):
-    other = replace(checkpoint, encoder=Encoder(checkpoint.config).eval())
+    other = with_config(checkpoint, checkpoint.config)
     save_checkpoint(tmp_path / "other", other)
     (folder / "model.json").write_bytes((tmp_path / "other" / "model.json").read_bytes())
     with pytest.raises(CheckpointError, match="the file was changed"):
@@ -190,13 +238,13 @@ def test_the_rewritten_record_is_read(folder):
     assert load_checkpoint(folder).metrics == {"image_auroc": 0.5}
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 99, "2", None, [2]])
 def test_another_format_is_refused_by_its_name(folder, version):
     record = json.loads((folder / "model.json").read_bytes())
     (folder / "model.json").write_text(json.dumps(record | {"format": version}))
     with pytest.raises(CheckpointError) as raised:
         load_checkpoint(folder)
-    assert str(raised.value) == f"{folder / 'model.json'} has format {version!r}: this Hazelnut reads format 1."
+    assert str(raised.value) == f"{folder / 'model.json'} has format {version!r}: this Hazelnut reads format 2."
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS - {"format", "record_sha256"}))
@@ -223,6 +271,14 @@ def test_a_record_that_is_not_one_is_refused(folder, content):
         load_checkpoint(folder)
 
 
+CALIBRATION = {"scores": [[1, 2, 3]] * 19, "alpha": 0.05, "weights": [1, 1, 1]}
+
+
+def test_the_calibration_that_the_next_test_changes_is_read(folder):
+    rewrite(folder, {"calibration": CALIBRATION})
+    assert load_checkpoint(folder).calibration.weights == (1, 1, 1)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -231,21 +287,33 @@ def test_a_record_that_is_not_one_is_refused(folder, content):
         {"model_config": {"image_size": 33}},
         {"model_config": {"image_size": "32"}},
         {"model_config": {"image_size": 32, "width": 8.0}},
+        {"model_config": {"image_size": 32, "head_width": 12}},
+        {"model_config": {"image_size": 64, "tile": 40}},
         {"model_config": [32, 3, 8]},
         {"calibration": {}},
-        {"calibration": {"alpha": 0.05}},
-        {"calibration": {"alpha": 0.05, "scores": [[1, 2]] * 19}},
-        {"calibration": {"alpha": 0.05, "scores": [[1, 2, 3]] * 3}},
-        {"calibration": {"alpha": 0.05, "scores": [[1, 2, 3], [4]]}},
-        {"calibration": {"alpha": 0.05, "scores": [["a", "b", "c"]] * 19}},
-        {"calibration": {"alpha": 0.05, "scores": [[1, 2, float("nan")]] * 19}},
-        {"calibration": {"alpha": 0.01, "scores": [[1, 2, 3]] * 19}},
-        {"calibration": {"alpha": "5 %", "scores": [[1, 2, 3]] * 19}},
+        {"calibration": CALIBRATION | {"scores": [[1, 2]] * 19}},
+        {"calibration": CALIBRATION | {"scores": [[1, 2, 3]] * 3}},
+        {"calibration": CALIBRATION | {"scores": [[1, 2, 3], [4]]}},
+        {"calibration": CALIBRATION | {"scores": [["a", "b", "c"]] * 19}},
+        {"calibration": CALIBRATION | {"scores": [[1, 2, float("nan")]] * 19}},
+        {"calibration": CALIBRATION | {"alpha": 0.01}},
+        {"calibration": CALIBRATION | {"alpha": "5 %"}},
+        {"calibration": CALIBRATION | {"weights": []}},
+        {"calibration": CALIBRATION | {"weights": [1, 1]}},
+        {"calibration": CALIBRATION | {"weights": [0, 0, 0]}},
+        {"calibration": CALIBRATION | {"weights": [1, -1, 1]}},
+        {"calibration": CALIBRATION | {"weights": [1, 1, float("nan")]}},
+        {"calibration": CALIBRATION | {"weights": ["a", "b", "c"]}},
+        {"calibration": CALIBRATION | {"weights": 1}},
+        *(
+            {"calibration": {key: CALIBRATION[key] for key in CALIBRATION if key != left_out}}
+            for left_out in CALIBRATION
+        ),
         {"calibration": 5},
         {"weights_sha256": "0" * 64},
         {"weights_sha256": 5},
     ],
-    ids=lambda changes: json.dumps(changes)[:60],
+    ids=lambda changes: json.dumps(changes)[-60:],
 )
 def test_a_record_that_describes_no_model_is_refused(folder, changes):
     rewrite(folder, changes)
@@ -253,30 +321,69 @@ def test_a_record_that_describes_no_model_is_refused(folder, changes):
         load_checkpoint(folder)
 
 
-def state_of(encoder: nn.Module, decoder: nn.Module) -> dict[str, Tensor]:
-    networks = {"encoder": encoder, "decoder": decoder}
-    return {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
-
-
-@pytest.mark.parametrize("field", ["width", "latent_dim", "channels", "latent", "batch_norm"])
+@pytest.mark.parametrize("field", ["width", "latent_dim", "channels", "latent", "batch_norm", "head_width"])
 def test_weights_of_another_shape_are_refused(folder, config, field):
-    other = {"width": 16, "latent_dim": 5, "channels": 1, "latent": "vector", "batch_norm": "after"}
+    other = {"width": 16, "latent_dim": 5, "channels": 1, "latent": "vector", "batch_norm": "after", "head_width": 16}
     rewrite(folder, {"model_config": {**vars(config), field: other[field]}})
     with pytest.raises(CheckpointError, match="does not describe a model"):
         load_checkpoint(folder)
 
 
-def test_weights_that_are_missing_or_too_many_are_refused(folder, config):
-    state = state_of(Encoder(config), Decoder(config))
-    fewer = {name: value for name, value in state.items() if name != "decoder.layers.0.bias"}
-    more = state | {"image_discriminator.layers.0.bias": torch.zeros(1)}
-    inside = state | {"encoder.layers.99.bias": torch.zeros(1)}
-    for weights in (fewer, more, inside, {}):
-        rewrite(folder, {}, weights=safetensors.torch.save(weights))
-        with pytest.raises(CheckpointError, match="does not describe a model"):
-            load_checkpoint(folder)
+@pytest.mark.parametrize(("had", "named"), [(8, 0), (0, 8)])
+def test_a_head_that_is_missing_or_too_many_is_refused(tmp_path, checkpoint, had, named):
+    config = replace(checkpoint.config, head_width=had)
+    save_checkpoint(tmp_path / "nut", with_config(checkpoint, config))
+    rewrite(tmp_path / "nut", {"model_config": vars(replace(config, head_width=named))})
+    with pytest.raises(CheckpointError, match=r"(?s)does not describe a model.*head"):
+        load_checkpoint(tmp_path / "nut")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "networks.encoder.layers.0.weight",
+        "networks.decoder.layers.0.bias",
+        "networks.head.last.bias",
+        "networks.standardisation.mean",
+        "fusion.mean",
+        "fusion.high",
+    ],
+)
+def test_weights_that_are_missing_are_refused_by_their_name(folder, name):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    del state[name]
+    rewrite(folder, {}, weights=safetensors.torch.save(state))
+    with pytest.raises(CheckpointError, match=f"(?s)does not describe a model.*{name.removeprefix('networks.')}"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["image_discriminator.layers.0.bias", "networks.encoder.layers.99.bias", "networks.tail", "fusion.extra"]
+)
+def test_weights_that_are_unknown_are_refused_by_their_name(folder, name):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    rewrite(folder, {}, weights=safetensors.torch.save(state | {name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=f"(?s)does not describe a model.*{name.removeprefix('networks.')}"):
+        load_checkpoint(folder)
+    # For the weight, not for having been written anew.
     rewrite(folder, {}, weights=safetensors.torch.save(state))
     load_checkpoint(folder)
+
+
+def test_no_weights_at_all_are_refused(folder):
+    rewrite(folder, {}, weights=safetensors.torch.save({}))
+    with pytest.raises(CheckpointError, match="does not describe a model"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["mean", "deviation", "low", "high"])
+def test_a_fusion_of_another_number_of_components_is_refused(folder, name):
+    """Means of one component would be taken for those of all."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state[f"fusion.{name}"] = state[f"fusion.{name}"][:1].clone()
+    rewrite(folder, {}, weights=safetensors.torch.save(state))
+    with pytest.raises(CheckpointError, match=r"does not describe a model.*2 component maps"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("weights", [b"", b"\x80\x04pickle", b"\xff" * 64, bytes(1000)])
@@ -317,7 +424,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 def changed(checkpoint: Checkpoint) -> Checkpoint:
     scores = checkpoint.calibration.scores + 1
-    return replace(checkpoint, calibration=Calibration(scores=scores, alpha=0.1), encoder=Encoder(checkpoint.config))
+    return replace(with_config(checkpoint, checkpoint.config), calibration=Calibration(scores=scores, alpha=0.1))
 
 
 def test_saving_again_replaces_the_checkpoint(folder, checkpoint):

@@ -1,10 +1,23 @@
-"""Synthetic defects: where they are, what fills them, and that nothing else changes."""
+"""Synthetic defects: where they are, what fills them, what their masks say, and that nothing else changes."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from training.corruption import corrupt
+from training.corruption import (
+    BLOCK,
+    DEFECTS,
+    VISIBLE,
+    Draws,
+    altered,
+    blurred,
+    corrupt,
+    fillings,
+    moved,
+    painted,
+    shapes,
+)
 
 SIZE = 64
 
@@ -14,103 +27,112 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def noise(count: int, *, channels: int = 3, size: int = SIZE) -> Tensor:
-    return torch.rand((count, channels, size, size), generator=seeded(7)) * 2 - 1
+    """Standardised images, in which every defect shows."""
+    return 0.5 * torch.randn((count, channels, size, size), generator=seeded(7))
+
+
+def labelled(count: int) -> Tensor:
+    """Images that say who they are: channel 0 is one number per image, channel 1 a ramp across, channel 2 one down."""
+    ramp = torch.arange(SIZE) / SIZE
+    images = torch.empty((count, 3, SIZE, SIZE))
+    images[:, 0] = torch.arange(count).view(count, 1, 1) / count
+    images[:, 1] = ramp
+    images[:, 2] = ramp.view(SIZE, 1)
+    return images
+
+
+def flat(count: int, *, size: int = 8) -> Tensor:
+    """Images of one colour each: a number per image, and 10 more from channel to channel."""
+    numbers = torch.arange(count).view(count, 1, 1, 1) / count
+    return (numbers + torch.tensor([0.0, 10.0, 20.0]).view(1, 3, 1, 1)).expand(count, 3, size, size).contiguous()
 
 
 def corrupted(images: Tensor, *, probability: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     return corrupt(images, probability=probability, generator=seeded(seed))
 
 
-def labelled(count: int) -> Tensor:
-    """Images that say who they are: channel 0 is one number per image, channel 1 a ramp across, channel 2 one down."""
-    images = torch.empty((count, 3, SIZE, SIZE))
-    ramp = torch.arange(SIZE) / SIZE
-    images[:, 0] = torch.linspace(-0.97, 0.97, count).view(count, 1, 1)
-    images[:, 1] = ramp
-    images[:, 2] = ramp.view(SIZE, 1)
-    return images
+def change(damaged: Tensor, images: Tensor) -> Tensor:
+    return (damaged - images).abs().mean(dim=1, keepdim=True)
 
 
-def filling(image: Tensor, damaged: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What was laid over an image where its defect is not faint, (C, N), and what was there before."""
-    where = mask[0] > 0.25
-    before = image[:, where]
-    return before + (damaged[:, where] - before) / mask[:, where], before
+def widened(mask: Tensor, *, by: int) -> Tensor:
+    """A mask (B, 1, S, S), grown by that many pixels on each side."""
+    return F.max_pool2d(mask.float(), kernel_size=2 * by + 1, stride=1, padding=by)
 
 
-def kind_of_filling(images: Tensor, index: int, damaged: Tensor, mask: Tensor) -> str:
-    """The kind that filled an image of `labelled`; "none" where the defect is too faint to tell."""
-    values, _ = filling(images[index], damaged[index], mask[index])
-    if values.shape[1] < 10:
-        return "none"
-    if (values - values[:, :1]).abs().max() < 1e-3:
-        return "flat colour"
-    number = values[0]
-    if (number - images[index, 0, 0, 0]).abs().max() < 1e-3:
-        return "another place"
-    if (number - images[index - 1, 0, 0, 0]).abs().max() < 1e-3:
-        return "another part"
-    return "noise"
+def any_pixel(images: Tensor) -> Tensor:
+    return (images != 0).flatten(1).any(dim=1)
+
+
+def share(chosen: Tensor) -> float:
+    return float(chosen.float().mean())
+
+
+# Images and masks
 
 
 def test_images_with_a_probability_of_zero_are_not_changed():
     images = noise(16)
-    damaged, mask = corrupted(images, probability=0.0)
+    damaged, masks = corrupted(images, probability=0.0)
     assert torch.equal(damaged, images)
-    assert not mask.any()
+    assert not masks.any()
+
+
+def test_each_of_the_defects_is_drawn_with_the_given_probability():
+    images = noise(500, size=32)
+    for probability in (0.2, 0.5, 1.0):
+        damaged, masks = corrupted(images, probability=probability)
+        expected = 1 - (1 - probability) ** DEFECTS
+        # A few defects are too small or too faint: less than a pixel, or a fleck of which nothing is left.
+        assert expected - 0.1 < share(any_pixel(masks)) <= share(any_pixel(damaged - images)) < expected + 0.05
 
 
 @pytest.mark.parametrize("size", [32, 128])
-def test_every_image_with_a_probability_of_one_is_changed_where_its_mask_is(size):
-    images = noise(64, size=size)
-    damaged, mask = corrupted(images)
-    change = (damaged - images).abs().amax(dim=1, keepdim=True)
-    assert (mask.flatten(1).amax(dim=1) > 0).all()
-    assert (change.flatten(1).amax(dim=1) > 0).all()
+def test_nothing_that_can_be_seen_changes_outside_the_masks(size):
+    images = noise(256 if size == 32 else 64, size=size)
+    damaged, masks = corrupted(images)
+    seen = change(damaged, images) > VISIBLE
+    assert share(masks[seen] == 0) < 0.02  # a soft border ends gradually
+    assert share(widened(masks, by=2)[seen] == 0) < 0.001
+    assert 0.01 < share(masks) < 0.2  # most of an image is outside
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_a_defect_is_never_too_faint_to_be_seen(size):
-    """The least opacity is 0.3; a small blob between the pixels of a small image must not fade below it."""
-    _, mask = corrupted(noise(512, channels=1, size=size))
-    assert mask.amax(dim=(1, 2, 3)).min() > 0.25
+@pytest.mark.parametrize("contrast", [1.0, 0.2])
+def test_masks_mark_what_can_be_seen_and_its_close_surroundings(contrast):
+    images = contrast * noise(256)
+    damaged, masks = corrupted(images)
+    seen = change(damaged, images) > VISIBLE
+    assert ((masks == 0) | (masks == 1)).all()
+    assert share(widened(seen, by=BLOCK - 1)[masks == 1]) > 0.99
+    assert share(seen[masks == 1]) > 0.5
 
 
-def test_about_the_given_share_of_images_is_changed():
-    images = noise(400, size=32)
-    damaged, mask = corrupted(images, probability=0.3)
-    changed = (damaged != images).flatten(1).any(dim=1)
-    assert torch.equal(changed, (mask > 0).flatten(1).any(dim=1))
-    assert 0.2 < changed.float().mean() < 0.4
+def test_a_faint_change_is_not_marked():
+    images = noise(256) / 20  # of which a copy of another place cannot be told
+    damaged, masks = corrupted(images)
+    hidden = (change(damaged, images) <= VISIBLE).all(dim=(1, 2, 3))
+    assert any_pixel(damaged - images)[hidden].any()
+    assert not masks[hidden].any()
 
 
-def test_nothing_changes_outside_the_mask():
-    images = noise(64)
-    damaged, mask = corrupted(images)
-    change = (damaged - images).abs().amax(dim=1, keepdim=True)
-    assert not change[mask == 0].any()
-    # The opacity bounds the change: nothing differs by more than 2 within [-1, 1].
-    assert (change <= 2 * mask + 1e-6).all()
-    # Most of an image is outside.
-    assert ((mask < 1e-3).float().mean(dim=(1, 2, 3)) > 0.5).all()
+def test_what_is_pasted_onto_its_equal_is_not_marked():
+    images = torch.full((400, 3, 32, 32), 0.3)
+    damaged, masks = corrupted(images)
+    unchanged = ~any_pixel((damaged - images).abs() > 1e-5)
+    # Half of the fillings are copies or blurs, and both defects of an image must be.
+    assert 0.2 < share(unchanged) < 0.35
+    assert not masks[unchanged].any()
+    assert share(any_pixel(masks)[~unchanged]) > 0.7  # the others are faint
 
 
-@pytest.mark.parametrize(("count", "channels", "size"), [(2, 1, 32), (2, 3, 512), (1, 3, 64), (3, 1, 48), (0, 3, 32)])
-def test_batches_of_any_size_channels_and_resolution_keep_their_shape_and_range(count, channels, size):
-    damaged, mask = corrupted(noise(count, channels=channels, size=size))
-    assert damaged.shape == (count, channels, size, size)
-    assert mask.shape == (count, 1, size, size)
-    assert damaged.dtype == mask.dtype == torch.float32
-    assert damaged.isfinite().all()
-    assert ((damaged >= -1) & (damaged <= 1)).all()
-    assert ((mask >= 0) & (mask <= 1)).all()
-
-
-@pytest.mark.parametrize("value", [-1.0, 1.0])
-def test_black_and_white_images_stay_in_range(value):
-    damaged, _ = corrupted(torch.full((128, 3, 32, 32), value))
-    assert ((damaged >= -1) & (damaged <= 1)).all()
-    assert (damaged != value).any()
+def test_defects_are_faint_or_cover_what_was_there():
+    images = torch.zeros((800, 1, SIZE, SIZE))
+    images[1::2] = 1000.0
+    damaged, _ = corrupted(images)
+    opacity = damaged[::2].flatten(1).amax(dim=1) / 1000  # of what came from the other part
+    opacity = opacity[opacity > 0.05]
+    assert 0.25 < share(opacity < 0.65) < 0.65
+    assert opacity.max() > 0.95
 
 
 def test_the_images_given_are_not_changed_themselves():
@@ -132,94 +154,235 @@ def test_defects_are_drawn_from_the_generator_alone():
 
 def test_successive_draws_of_one_generator_differ():
     images, generator = noise(8), seeded()
-    masks = [corrupt(images, probability=1.0, generator=generator)[1] for _ in range(2)]
-    assert not torch.equal(masks[0], masks[1])
+    first, second = (corrupt(images, probability=1.0, generator=generator)[1] for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_the_images_of_a_batch_get_different_defects():
-    _, mask = corrupted(noise(16))
-    assert len({tuple(one.flatten().tolist()) for one in mask}) == 16
+    damaged, _ = corrupted(noise(1).expand(16, 3, SIZE, SIZE))
+    assert len(damaged.flatten(1).unique(dim=0)) == 16
 
 
-def test_each_of_the_four_fillings_occurs_about_equally_often():
-    images = labelled(32)
-    kinds: list[str] = []
-    for seed in range(20):
-        damaged, mask = corrupted(images, seed=seed)
-        kinds += [kind_of_filling(images, index, damaged, mask) for index in range(len(images))]
-    told = [kind for kind in kinds if kind != "none"]
-    assert len(told) > 300
-    for kind in ("flat colour", "noise", "another part", "another place"):
-        assert 0.17 < told.count(kind) / len(told) < 0.33, kind
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [32, 48, 64, 128])
+def test_batches_of_any_size_channels_and_resolution_keep_their_shape(count, channels, size):
+    damaged, masks = corrupted(noise(count, channels=channels, size=size))
+    assert damaged.shape == (count, channels, size, size)
+    assert masks.shape == (count, 1, size, size)
+    assert damaged.dtype == masks.dtype == torch.float32
+    assert damaged.isfinite().all()
+    assert ((masks == 0) | (masks == 1)).all()
 
 
-def test_another_place_is_at_least_an_eighth_of_the_image_away():
-    images = labelled(32)
-    shifts = []
-    for seed in range(20):
-        damaged, mask = corrupted(images, seed=seed)
-        for index in range(len(images)):
-            if kind_of_filling(images, index, damaged, mask) != "another place":
-                continue
-            values, before = filling(images[index], damaged[index], mask[index])
-            shift = ((before - values)[1:] * SIZE).round() % SIZE  # (2, N): across and down, in pixels
-            assert (shift == shift[:, :1]).all()
-            shifts.append(shift[:, 0])
-    across, down = torch.stack(shifts).T
-    for shift in (across, down):
-        assert ((shift >= SIZE / 8) & (shift <= SIZE - SIZE / 8)).all()
-        assert shift.unique().numel() > 5
+def test_the_layout_in_memory_decides_nothing():
+    images = noise(16)
+    damaged, masks = corrupted(images)
+    others = corrupted(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(others[0], damaged)
+    assert torch.equal(others[1], masks)
 
 
-def test_a_flat_colour_differs_from_image_to_image_and_by_channel():
-    images = labelled(32)
-    damaged, mask = corrupted(images)
-    colours = [
-        filling(images[index], damaged[index], mask[index])[0][:, 0]
-        for index in range(len(images))
-        if kind_of_filling(images, index, damaged, mask) == "flat colour"
-    ]
-    assert len(colours) > 3
-    assert torch.stack(colours).std(dim=0).min() > 0.1
-    assert torch.stack(colours).std(dim=1).min() > 0.01
+# Fillings
 
 
-@pytest.mark.parametrize("size", [64, 256])
-def test_defects_are_of_all_sizes_up_to_a_sixth_of_the_image(size):
-    """A side of 3 to 40 % is 0.07 to 13 % of the area as an ellipse; the ragged border adds or takes some."""
-    _, mask = corrupted(noise(512 if size == 64 else 64, channels=1, size=size))
-    area = (mask > mask.amax(dim=(1, 2, 3), keepdim=True) / 2).float().mean(dim=(1, 2, 3))
-    assert area.max() < 0.18
-    assert 0.004 < area.median() < 0.025
+def test_each_filling_is_computed_for_the_images_that_get_it():
+    images = flat(1000)
+    filled = fillings(images, torch.arange(len(images)), Draws(len(images), seeded()))
+    number, step = filled[:, 0].mean(dim=(1, 2)), (filled[:, 1] - filled[:, 0]).mean(dim=(1, 2))
+    expected = images[:, 0, 0, 0]
+    level = filled.std(dim=(2, 3)).amax(dim=1) < 1e-4  # neither grainy nor painted, which always has some texture
+    same_step = (step - 10).abs() < 1e-4
+    of_itself = level & same_step & ((number - expected).abs() < 1e-4)
+    of_another = level & same_step & ((number - expected.roll(1)).abs() < 1e-4)
+    own_colour = same_step & ~level
+    contrast = ~same_step & (step > 5.9) & (step < 14.1)
+    rest = ~(of_itself | of_another | own_colour | contrast)
+    assert 0.3 < share(of_itself) < 0.42  # blurred, or moved on the same part
+    assert 0.1 < share(of_another) < 0.18  # moved from another part
+    assert 0.06 < share(own_colour) < 0.12  # painted
+    assert 0.16 < share(contrast) < 0.25  # altered
+    assert 0.16 < share(rest) < 0.26  # painted in a gray or a colour
+
+
+def test_paint_is_a_gray_or_a_colour_or_one_that_the_part_has():
+    images = flat(600)
+    images += torch.arange(8.0)  # a ramp across, the same in all channels
+    paint = painted(images, Draws(len(images), seeded()))
+    step = paint[:, 1:] - paint[:, :-1]  # (B, 2, 8, 8), from channel to channel: the texture cancels out
+    assert (step - step[..., :1, :1]).abs().max() < 1e-4
+    own = ((step - 10).abs() < 1e-4).flatten(1).all(dim=1)
+    gray = (step.abs() < 1e-4).flatten(1).all(dim=1)
+    assert 0.24 < share(own) < 0.36
+    assert 0.28 < share(gray) < 0.42
+    assert 0.28 < share(~own & ~gray) < 0.42
+    where = (paint[own, 0] - images[own, 0, :, :1]).mean(dim=(1, 2)).round()
+    assert set(range(8)) <= set(where.int().tolist())  # from anywhere on the part
+    assert paint[gray].mean(dim=(1, 2, 3)).std() > 1  # dark and bright ones, well beyond the part's own grays
+
+
+def test_paint_is_flat_or_has_a_texture():
+    texture = painted(noise(200), Draws(200, seeded())).std(dim=(2, 3))[:, 0]
+    assert texture.min() < 0.04
+    assert texture.max() > 0.6
+    assert 0.1 < texture.median() < 0.3
+
+
+def test_what_is_moved_comes_from_another_part_or_the_same_one():
+    images = labelled(300)
+    number = moved(images, images.roll(1, dims=0), Draws(len(images), seeded()))[:, 0]
+    expected = images[:, 0]
+    same = ((number - expected).abs() < 1e-5).flatten(1).all(dim=1)
+    other = ((number - expected.roll(1, dims=0)).abs() < 1e-5).flatten(1).all(dim=1)
+    assert (same ^ other).all()
+    assert 0.25 < share(other) < 0.45
+
+
+def test_what_is_moved_on_the_same_part_is_warped_or_comes_from_elsewhere():
+    images = labelled(300)
+    source = moved(images, images, Draws(len(images), seeded()))
+    shift = SIZE * (source - images)[:, 1:].square().sum(dim=1).sqrt()  # in pixels
+    distance = shift.flatten(1).mean(dim=1)
+    # A warp is small and differs from place to place. A jump is as far as another place.
+    near = distance < 8
+    assert 0.25 < share(near) < 0.45
+    assert distance.min() > 0.2
+    assert distance.max() > SIZE / 2
+    assert shift[near].max() < 30
+    assert shift[near].std(dim=(1, 2)).min() > 0.05
+
+
+def test_what_is_moved_from_another_part_is_turned_and_scaled():
+    images, others = labelled(300), labelled(300)
+    others[:, 0] = 2
+    source = moved(images, others, Draws(len(images), seeded()))
+    ramp = SIZE * source[source[:, 0, 0, 0] > 1.5, 1]
+    # What is reflected at the border of the image runs the other way.
+    across = ramp.diff(dim=2).abs().flatten(1).median(dim=1).values
+    down = ramp.diff(dim=1).abs().flatten(1).median(dim=1).values
+    scale = torch.hypot(across, down)
+    assert 0.65 < scale.min() < 0.8
+    assert 1.25 < scale.max() < 1.45
+    turn = torch.atan2(down, across)
+    assert 0.35 < share(turn < 1e-3) < 0.65
+    assert 0.4 < turn.max() < 0.55
+
+
+def test_altered_places_are_brighter_or_darker_and_perhaps_grainy():
+    images = torch.zeros((400, 3, SIZE, SIZE))
+    brightness = altered(images, Draws(400, seeded()))
+    assert torch.equal(brightness[:, :1].expand_as(brightness), brightness)  # light has no colour
+    grain = brightness[:, 0].std(dim=(1, 2))
+    assert 0.4 < share(grain < 1e-5) < 0.6
+    level = brightness[grain < 1e-5, 0, 0, 0]
+    assert 0.4 < share(level > 0) < 0.6
+    assert 0.099 < level.abs().min() < 0.15
+    assert 0.8 < level.abs().max() < 1.001
+    grainy = brightness[grain > 1e-5, 0]
+    step = grainy.diff(dim=2).std(dim=(1, 2)) / grainy.std(dim=(1, 2))
+    assert 0.35 < share(step > 1.2) < 0.65  # of pixels, the others of patches
+
+
+def test_altered_places_have_more_or_less_contrast():
+    images = labelled(400)
+    slope = SIZE * altered(images, Draws(400, seeded()))[:, 1:].diff(dim=1).std(dim=(1, 2, 3))  # the grain cancels out
+    contrast = slope / (SIZE * images[:, 1:].diff(dim=1).std(dim=(1, 2, 3)))
+    assert 0.599 < contrast.min() < 0.65
+    assert 1.35 < contrast.max() < 1.401
+
+
+def test_a_blurred_place_keeps_its_light_and_loses_its_texture():
+    images = 3 + noise(8)
+    worn = blurred(images)
+    assert worn.shape == images.shape
+    assert (worn.var(dim=(2, 3)) < 0.1 * images.var(dim=(2, 3))).all()
+    assert (worn.mean(dim=(2, 3)) - images.mean(dim=(2, 3))).abs().max() < 0.05
+    ramp = labelled(1)
+    torch.testing.assert_close(blurred(ramp)[..., 6:-6, 6:-6], ramp[..., 6:-6, 6:-6])  # nothing is displaced
+
+
+# Shapes
+
+
+def drawn_shapes(count: int, size: int) -> Tensor:
+    return shapes(Draws(count, seeded()), size)
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 128])
+def test_shapes_lie_between_outside_and_inside(size):
+    drawn = drawn_shapes(64, size)
+    assert drawn.shape == (64, 1, size, size)
+    assert drawn.min() == 0
+    assert drawn.max() == 1
+
+
+def test_shapes_are_of_all_sizes_from_a_few_pixels_to_a_large_share():
+    area = (drawn_shapes(1024, SIZE) > 0.5).float().mean(dim=(1, 2, 3))
+    assert share(area == 0) < 0.1
+    assert area[area > 0].quantile(0.1) * SIZE**2 < 8
+    assert 0.003 < area.median() < 0.015
     assert area.quantile(0.9) > 0.04
-    assert area.quantile(0.1) < 0.003
+    assert 0.15 < area.max() < 0.5
 
 
-def test_defects_lie_anywhere_in_the_image():
-    _, mask = corrupted(noise(512, channels=1, size=32))
-    assert (mask.amax(dim=(0, 1)) > 0.3).float().mean() > 0.95
+def test_thin_long_lines_and_thick_shapes_occur():
+    inside = (drawn_shapes(512, SIZE) > 0.5).float()
+    eroded = 1 - widened(1 - inside, by=3)
+    across, down = inside.amax(dim=(1, 2)).sum(dim=1), inside.amax(dim=(1, 3)).sum(dim=1)
+    length, thick = torch.hypot(across, down), any_pixel(eroded)
+    assert share(~thick & (length > SIZE / 4)) > 0.1
+    assert share(thick) > 0.15
 
 
-def test_opacities_reach_from_faint_to_full():
-    _, mask = corrupted(noise(256, channels=1, size=128))
-    peak = mask.flatten(1).amax(dim=1)
-    assert peak.min() < 0.4
-    assert peak.max() > 0.95
+def test_lines_run_in_every_direction():
+    inside = (drawn_shapes(1024, SIZE) > 0.5).float()
+    across, down = inside.amax(dim=(1, 2)).sum(dim=1), inside.amax(dim=(1, 3)).sum(dim=1)
+    assert share(across > 3 * down) > 0.03
+    assert share(down > 3 * across) > 0.03
 
 
-def test_defects_are_longer_than_wide_in_every_direction():
-    """The main axis of a defect, from its second moments: across, down and both diagonals are about as frequent."""
-    _, mask = corrupted(noise(256, channels=1, size=128))
-    axis = torch.linspace(-1, 1, 128)
-    weight = mask[:, 0] / mask[:, 0].sum(dim=(1, 2), keepdim=True)
-    across, down = weight.sum(dim=1), weight.sum(dim=2)  # (B, S)
-    x, y = (across * axis).sum(dim=1), (down * axis).sum(dim=1)
-    xx = (across * axis**2).sum(dim=1) - x**2
-    yy = (down * axis**2).sum(dim=1) - y**2
-    xy = torch.einsum("bij,i,j->b", weight, axis, axis) - x * y
-    spread = ((xx - yy) ** 2 / 4 + xy**2).sqrt()
-    ratio = (((xx + yy) / 2 + spread) / ((xx + yy) / 2 - spread)).sqrt()
-    assert ratio.median() > 1.5
-    angle = torch.rad2deg(torch.atan2(2 * xy, xx - yy) / 2)[ratio > 1.5]  # -90 to 90
-    share = torch.histc((angle + 22.5) % 180, bins=4, min=0, max=180) / len(angle)
-    assert (share > 0.15).all()
+def test_shapes_reach_every_place():
+    reached = (drawn_shapes(2048, 32) > 0.5).float().mean(dim=(0, 1))
+    assert reached.min() > 0.003
+    assert reached.max() < 0.1
+
+
+def test_borders_are_sharp_or_soft():
+    drawn = drawn_shapes(1024, SIZE)
+    thick = drawn[any_pixel(1 - widened(drawn <= 0.5, by=4))]
+    steepest = torch.maximum(thick.diff(dim=2).abs().amax(dim=(1, 2, 3)), thick.diff(dim=3).abs().amax(dim=(1, 2, 3)))
+    assert share(steepest > 0.9) > 0.3
+    assert share(steepest < 0.4) > 0.08
+
+
+# Draws
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 128])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_noise_has_the_shape_asked_for_and_is_smooth_without_roughness(channels, size):
+    step = []
+    for roughness in (0.0, 0.4, 0.9):
+        field = Draws(32, seeded()).noise(channels, size, roughness=roughness)
+        assert field.shape == (32, channels, size, size)
+        step.append(field.diff(dim=3).std() / field.std())
+    assert step[0] < step[1] < step[2]
+    assert step[2] > 2 * step[0]
+
+
+def test_octaves_stay_within_their_bounds_and_each_is_as_likely():
+    values = Draws(4096, seeded()).octaves(0.5, 8)
+    assert values.shape == (4096, 1, 1, 1)
+    assert 0.5 <= values.min() < 0.51
+    assert 7.9 < values.max() <= 8
+    counts = torch.histc(values.log2(), bins=4, min=-1, max=3)
+    assert (counts / 4096 - 0.25).abs().max() < 0.03
+
+
+def test_uniform_draws_and_chances_are_as_asked_for():
+    draws = Draws(4096, seeded())
+    values = draws.uniform(-2, 6)
+    assert -2 <= values.min() < -1.9
+    assert 5.9 < values.max() <= 6
+    assert (torch.histc(values, bins=4, min=-2, max=6) / 4096 - 0.25).abs().max() < 0.03
+    assert 0.27 < share(draws.chance(0.3)) < 0.33

@@ -2,22 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import TrainingDivergedError
-from models.scoring import normalise, raw_scores
+from models.scoring import outputs
 from training.config import Recipe, load_recipe
+from training.corruption import corrupt
 from training.loop import (
     Batches,
     TrainingState,
+    _images,
     autoencoder_step,
     image_discriminator_step,
     latent_discriminator_step,
     scoring_networks,
     set_learning_rates,
+    standardisation_of,
     train,
 )
 
@@ -39,8 +44,7 @@ def pixels() -> Tensor:
 def weights(state: TrainingState) -> dict[str, Tensor]:
     """Every tensor that training changes, by name."""
     networks = {
-        "encoder": state.encoder,
-        "decoder": state.decoder,
+        "networks": state.networks,
         "latent_discriminator": state.latent_discriminator,
         "image_discriminator": state.image_discriminator,
         "averaged": state.averaged,
@@ -68,7 +72,7 @@ def test_training_with_the_same_seed_gives_the_same_weights(recipe, pixels, kind
     first, second = weights(trained(recipe, pixels)), weights(trained(recipe, pixels))
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = weights(trained(replace(recipe, seed=1), pixels))
-    assert not torch.equal(first["encoder.layers.0.weight"], other["encoder.layers.0.weight"])
+    assert not torch.equal(first["networks.encoder.layers.0.weight"], other["networks.encoder.layers.0.weight"])
 
 
 def test_training_does_not_touch_the_global_random_numbers(recipe, pixels):
@@ -117,33 +121,49 @@ def test_discriminators_take_their_steps_on_fresh_batches(recipe, pixels):
     [
         (latent_discriminator_step, {"latent_discriminator"}),
         (image_discriminator_step, {"image_discriminator"}),
-        (autoencoder_step, {"encoder", "decoder"}),
+        (partial(autoencoder_step, latent=True, image=True), {"encoder", "decoder", "head"}),
     ],
 )
 def test_each_step_changes_only_its_own_networks(
     recipe: Recipe, pixels: Tensor, step: Callable[..., dict[str, Tensor]], changed: set[str]
 ):
     state = TrainingState(recipe, pixels, device=CPU)
-    names = ["encoder", "decoder", "latent_discriminator", "image_discriminator"]
+    assert state.networks.head is not None
+    networks = {
+        "encoder": state.networks.encoder,
+        "decoder": state.networks.decoder,
+        "head": state.networks.head,
+        "latent_discriminator": state.latent_discriminator,
+        "image_discriminator": state.image_discriminator,
+    }
     set_learning_rates(state, recipe)
-    before = {name: parameters_of(getattr(state, name)) for name in names}
+    before = {name: parameters_of(network) for name, network in networks.items()}
     step(state, recipe)
-    assert {name for name in names if not equal(before[name], parameters_of(getattr(state, name)))} == changed
-    others = [getattr(state, name) for name in names if name not in changed]
+    assert {name for name, network in networks.items() if not equal(before[name], parameters_of(network))} == changed
+    others = [network for name, network in networks.items() if name not in changed]
     assert all(parameter.grad is None for network in others for parameter in network.parameters())
+
+
+def test_adversaries_take_part_in_every_nth_step(recipe, pixels):
+    recipe = replace(recipe, adversary_every=3, steps=5, latent_n_critic=1)
+    state = TrainingState(recipe, pixels, device=CPU)
+    losses: list[dict[str, float]] = []
+    train(state, recipe, losses.append)
+    assert ["image_discriminator" in step and "latent_adversarial" in step for step in losses] == [1, 0, 0, 1, 0]
+    assert [len(step) for step in losses] == [8, 2, 2, 8, 2]
+    assert state.batches.drawn == 5 + 2 * 2
 
 
 def test_every_network_is_in_train_mode_during_its_step(recipe, pixels):
     state = TrainingState(recipe, pixels, device=CPU)
-    for network in (state.encoder, state.decoder, state.latent_discriminator, state.image_discriminator):
+    networks = (state.networks.encoder, state.networks.decoder, state.image_discriminator)
+    for network in networks:
         network.eval()
     modes = []
     hook = lambda network, *_: modes.append((type(network).__name__, network.training))  # noqa: E731
-    handles = [
-        network.register_forward_hook(hook) for network in (state.encoder, state.decoder, state.image_discriminator)
-    ]
+    handles = [network.register_forward_hook(hook) for network in networks]
     image_discriminator_step(state, recipe)
-    autoencoder_step(state, recipe)
+    autoencoder_step(state, recipe, latent=True, image=True)
     for handle in handles:
         handle.remove()
     assert {name for name, _ in modes} == {"Encoder", "Decoder", "ImageDiscriminator"}
@@ -157,7 +177,7 @@ def test_an_adversary_without_weight_is_not_trained(recipe, pixels):
     losses: list[dict[str, float]] = []
     train(state, recipe, losses.append)
     assert equal(before, parameters_of(state.latent_discriminator) + parameters_of(state.image_discriminator))
-    assert all(set(step) == {"reconstruction"} for step in losses)
+    assert all(set(step) == {"reconstruction", "segmentation"} for step in losses)
 
 
 def test_the_latent_adversary_pulls_codes_towards_the_prior(recipe, pixels):
@@ -166,12 +186,13 @@ def test_the_latent_adversary_pulls_codes_towards_the_prior(recipe, pixels):
     recipe = replace(recipe, latent_loss="bce", learning_rate=2e-3, discriminator_learning_rate=2e-3)
     state = TrainingState(recipe, pixels, device=CPU)
     with torch.no_grad():
-        bias = state.encoder.layers[-1].bias
+        bias = state.networks.encoder.layers[-1].bias
         assert isinstance(bias, Tensor)
         bias.fill_(4.0)
-    before = state.encoder.train()(normalise(pixels)).mean()
+    images = state.networks.standardisation(pixels)
+    before = state.networks.encoder.train()(images).mean()
     train(state, recipe, lambda _: None)
-    after = state.encoder(normalise(pixels)).mean()
+    after = state.networks.encoder(images).mean()
     assert before > 3.5
     assert after.abs() < 2.5
 
@@ -179,7 +200,7 @@ def test_the_latent_adversary_pulls_codes_towards_the_prior(recipe, pixels):
 def test_a_loss_that_is_not_finite_stops_training_by_name(recipe, pixels):
     state = TrainingState(recipe, pixels, device=CPU)
     with torch.no_grad():
-        next(state.decoder.parameters()).fill_(float("nan"))
+        next(state.networks.decoder.parameters()).fill_(float("nan"))
     recipe = replace(recipe, image_weight=0.0)
     with pytest.raises(TrainingDivergedError, match="reconstruction loss is nan at step 1"):
         train(state, recipe, lambda _: None)
@@ -196,62 +217,99 @@ def test_cosine_schedule_goes_from_the_full_rate_towards_zero(recipe, pixels):
     recipe = replace(recipe, steps=100)
     state = TrainingState(recipe, pixels, device=CPU)
     rates = []
-    for state.step in (0, 50, 99):
+    for state.step in (0, 24, 50, 99):
         set_learning_rates(state, recipe)
-        rates.append(state.autoencoder_optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1e-3, 5e-4, 1e-3 * 0.000246719], rel=1e-4)
+        rates.append(state.optimizer.param_groups[0]["lr"] / recipe.learning_rate)
+    # In the first fifty steps it rises.
+    assert rates == pytest.approx([1 / 50, 0.8645 / 2, 1 / 2, 0.000246719], rel=1e-3)
     set_learning_rates(state, replace(recipe, schedule="constant"))
     assert state.image_optimizer.param_groups[0]["lr"] == recipe.discriminator_learning_rate
 
 
 def test_without_averaging_the_scoring_weights_are_the_trained_ones(recipe, pixels):
-    state = trained(replace(recipe, ema=0.0), pixels)
-    encoder, decoder = scoring_networks(state)
-    assert equal(parameters_of(encoder), parameters_of(state.encoder))
-    assert equal(parameters_of(decoder), parameters_of(state.decoder))
+    recipe = replace(recipe, ema=0.0)
+    state = trained(recipe, pixels)
+    assert equal(parameters_of(scoring_networks(state, recipe)), parameters_of(state.networks))
 
 
 def test_averaged_weights_lag_behind_the_trained_ones(recipe, pixels):
     state = trained(replace(recipe, steps=30, ema=0.999), pixels)
-    assert not equal(parameters_of(state.averaged[0]), parameters_of(state.encoder))
+    assert not equal(parameters_of(state.averaged), parameters_of(state.networks))
 
 
-def test_scoring_networks_are_frozen_statistics_of_the_clean_training_images(recipe, pixels):
+def test_scoring_networks_have_statistics_of_their_own_weights(recipe, pixels):
+    recipe = replace(recipe, corruption=0.0, batch_size=10)
     state = trained(recipe, pixels)
-    encoder, decoder = scoring_networks(state)
-    assert not encoder.training
-    assert not decoder.training
-    convolution, norm = list(encoder.modules())[2:4]
-    seen = convolution(normalise(pixels))
+    networks = scoring_networks(state, recipe)
+    assert not any(module.training for module in networks.modules())
+    convolution, norm = list(networks.encoder.layers)[:2]
+    seen = convolution(networks.standardisation(pixels))
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert torch.allclose(norm.running_mean, seen.mean(dim=(0, 2, 3)), atol=1e-5)
-    alone = raw_scores(encoder, decoder, pixels[:1]).scores
-    assert alone == pytest.approx(raw_scores(encoder, decoder, pixels).scores[:1], abs=1e-5)
-    assert not equal(list(state.averaged.buffers()), [*encoder.buffers(), *decoder.buffers()])
+    alone = outputs(networks, pixels[:1]).maps
+    assert torch.allclose(alone, outputs(networks, pixels).maps[:1], atol=1e-5)
+
+
+def test_scoring_networks_leave_training_as_it_was(recipe, pixels):
+    state = trained(recipe, pixels)
+    before, generator = weights(state), state.generator.get_state()
+    first, second = (scoring_networks(state, recipe).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    after = weights(state)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(generator, state.generator.get_state())
+    assert state.batches.drawn == sum([2, 1, 1]) * state.step
 
 
 def test_batches_show_every_image_once_a_pass(pixels):
-    batches = Batches(pixels, batch_size=5, seed=0)
-    first_pass = torch.cat([batches.next(), batches.next()])
+    batches = Batches(pixels, batch_size=5, crop=32, seed=0)
+    first_pass = torch.cat([batches.next()[0], batches.next()[0]])
     assert sorted(first_pass.flatten(1)[:, :9].sum(dim=1).tolist()) == pytest.approx(
-        sorted(normalise(pixels).flatten(1)[:, :9].sum(dim=1).tolist())
+        sorted(pixels.flatten(1)[:, :9].sum(dim=1).tolist())
     )
-    second_pass = torch.cat([batches.next(), batches.next()])
+    second_pass = torch.cat([batches.next()[0], batches.next()[0]])
     assert not torch.equal(first_pass, second_pass)
 
 
 def test_batches_of_fewer_images_than_a_batch_hold_them_all(pixels):
-    assert len(Batches(pixels[:3], batch_size=16, seed=0).next()) == 3
+    assert len(Batches(pixels[:3], batch_size=16, crop=32, seed=0).next()[0]) == 3
 
 
 def test_batches_resumed_go_on_where_they_stood(pixels):
-    batches = Batches(pixels, batch_size=4, seed=3)
-    drawn = [batches.next() for _ in range(7)]
+    batches = Batches(pixels, batch_size=4, crop=32, seed=3)
+    drawn = [batches.next()[0] for _ in range(7)]
     for start in range(7):
-        resumed = Batches(pixels, batch_size=4, seed=3)
+        resumed = Batches(pixels, batch_size=4, crop=32, seed=3)
         resumed.resume(start)
-        assert all(torch.equal(resumed.next(), batch) for batch in drawn[start:])
+        assert all(torch.equal(resumed.next()[0], batch) for batch in drawn[start:])
+
+
+def test_batches_of_windows_are_cut_anywhere_from_their_image():
+    ramp = (torch.arange(48).view(48, 1) + 100 * (torch.arange(48) % 2)).byte().expand(2, 3, 48, 48)
+    batches = Batches(ramp, batch_size=2, crop=32, seed=0)
+    drawn = [batches.next() for _ in range(100)]
+    windows, places = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    assert windows.shape == (200, 3, 32, 32)
+    tops = windows[:, 0, :, 0].amin(dim=1) % 100  # the rows say which they were
+    assert set(tops.tolist()) == set(range(17))
+    rows = (places[:, 1, :, 0] + 1) / 2 * 47
+    assert torch.allclose(rows, tops.view(-1, 1) + torch.arange(32.0), atol=1e-3)
+    columns = (places[:, 0, 0] + 1) / 2 * 47
+    assert torch.equal(columns.round() % 2 == 1, windows[:, 0, 0] >= 100)
+
+
+def test_images_of_a_batch_differ_in_brightness_by_no_more_than_the_jitter(recipe):
+    pixels = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(16, 3, 32, 32)
+    recipe = replace(recipe, batch_size=16, jitter=0.2)
+    state = TrainingState(recipe, pixels, device=CPU)
+    images, plain = _images(state, recipe)[0], state.networks.standardisation(pixels)
+    contrast = images.flatten(1).std(dim=1) / plain.flatten(1).std(dim=1)
+    assert contrast.min() > 0.8 - 1e-4
+    assert contrast.max() < 1.2 + 1e-4
+    assert contrast.std() > 0.05
+    assert images.flatten(1).mean(dim=1).std() > 0.03
+    assert torch.allclose(_images(state, replace(recipe, jitter=0.0))[0], plain)
 
 
 @pytest.mark.gpu
@@ -265,11 +323,13 @@ def test_training_on_a_gpu_with_mixed_precision_stays_close_to_the_cpu(recipe, p
 
 def test_the_image_discriminator_sees_reconstructions_as_the_autoencoder_makes_them(recipe, pixels):
     """In training batch norm mixes what is decoded together, so codes and draws from the prior are decoded apart."""
-    recipe = replace(recipe, corruption=0.0)
+    recipe = replace(recipe, corruption=0.0, jitter=0.0)
     state = TrainingState(recipe, pixels, device=CPU)
-    images = Batches(pixels, batch_size=recipe.batch_size, seed=recipe.seed).next()
+    images = state.networks.standardisation(
+        Batches(pixels, batch_size=recipe.batch_size, crop=32, seed=recipe.seed).next()[0]
+    )
     with torch.no_grad():
-        expected = state.decoder.train()(state.encoder.train()(images))
+        expected = state.networks.decoder.train()(state.networks.encoder.train()(images))
     seen: list[Tensor] = []
     state.image_discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     image_discriminator_step(state, recipe)
@@ -279,13 +339,25 @@ def test_the_image_discriminator_sees_reconstructions_as_the_autoencoder_makes_t
     assert not torch.allclose(fake[2:], expected[2:], atol=1e-2)
 
 
-def test_scoring_networks_weigh_every_training_image_alike(recipe):
-    """65 images: the last must not count as much as the 64 before it."""
-    pixels = torch.full((65, 3, 32, 32), 100, dtype=torch.uint8)
-    pixels[64] = 255
-    encoder, _ = scoring_networks(TrainingState(recipe, pixels, device=CPU))
-    convolution, norm = list(encoder.modules())[2:4]
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    expected = convolution(normalise(pixels)).mean(dim=(0, 2, 3))
-    assert torch.allclose(norm.running_mean, expected, atol=0.01)
+def test_the_image_discriminator_learns_that_defects_are_not_real(recipe):
+    """Trained on its own, it tells damaged patches from whole ones that it never saw."""
+    recipe = replace(recipe, image_size=64, image_loss="bce", corruption=0.5, discriminator_learning_rate=2e-3)
+    recipe = replace(recipe, batch_size=16, jitter=0.0)
+    noise = torch.randint(100, 140, (16, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+    state = TrainingState(recipe, noise, device=CPU)
+    state.step = 50  # after the warm-up
+    set_learning_rates(state, replace(recipe, schedule="constant"))
+    for _ in range(200):
+        image_discriminator_step(state, recipe)
+    images = state.networks.standardisation(noise)
+    damaged, masks = corrupt(images, probability=1.0, generator=torch.Generator().manual_seed(9))
+    defects = F.max_pool2d(masks, 16) > 0
+    logits = state.image_discriminator(damaged)
+    assert logits[defects].mean() < logits[~defects].mean() - 0.5
+
+
+def test_standardisation_is_that_of_the_training_pixels(pixels):
+    standardisation = standardisation_of(pixels)
+    images = standardisation(pixels)
+    assert images.mean() == pytest.approx(0, abs=1e-4)
+    assert images.std(correction=0) == pytest.approx(0.5, abs=1e-4)

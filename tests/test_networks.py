@@ -1,21 +1,34 @@
-"""Shapes, ranges and independence of the four networks, and what a ModelConfig refuses."""
+"""Shapes, borders and independence of the networks, and what a ModelConfig refuses."""
 
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.errors import ConfigError
-from models.networks import Decoder, Encoder, ImageDiscriminator, LatentDiscriminator, parameter_count
+from models.networks import (
+    Decoder,
+    Encoder,
+    ImageDiscriminator,
+    LatentDiscriminator,
+    ScoringNetworks,
+    SegmentationHead,
+    Standardisation,
+    parameter_count,
+    places_of,
+)
 
 # Side of the code's grid, and of the encoder's last feature map for a vector.
 GRID_SIDE = {32: 2, 48: 3, 112: 7, 512: 32}
 VECTOR_SIDE = {32: 2, 48: 3, 112: 7, 512: 4}
 
 
-def config_of(size: int = 32, *, latent: str = "grid", channels: int = 3, batch_norm: str = "before") -> ModelConfig:
+def config_of(
+    size: int = 32, *, latent: str = "grid", channels: int = 3, batch_norm: str = "before", head_width: int = 0
+) -> ModelConfig:
     return ModelConfig(
         image_size=size,
         channels=channels,
@@ -23,6 +36,7 @@ def config_of(size: int = 32, *, latent: str = "grid", channels: int = 3, batch_
         latent=latent,  # type: ignore[arg-type]
         latent_dim=4,
         batch_norm=batch_norm,  # type: ignore[arg-type]
+        head_width=head_width,
     )
 
 
@@ -71,18 +85,40 @@ def test_widths_double_up_to_eight_times():
 
 
 @torch.no_grad()
-def test_reconstructions_stay_within_the_range_of_an_image():
-    config = config_of()
-    decoder = Decoder(config)
+def test_reconstructions_are_unbounded():
+    """Standardised images have no common range: the last layer must not squash."""
+    decoder = Decoder(config_of()).eval()
     codes = 5 * torch.randn(16, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    for images in (decoder.train()(codes), decoder.eval()(codes)):
-        assert images.abs().max() < 1
-    # An extreme code saturates: the range is the last layer's, not the weights' smallness.
     final = decoder.layers[-2]
     assert isinstance(final, nn.Conv2d)
+    assert final.bias is not None
+    before = decoder(codes)
     final.weight.mul_(1000)
-    saturated = decoder.eval()(codes)
-    assert 0.99 < saturated.abs().max() <= 1
+    final.bias.mul_(1000)
+    assert torch.allclose(decoder(codes), 1000 * before, rtol=1e-4, atol=1e-2)
+    assert decoder(codes).abs().max() > 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_norm", ["before", "after"])
+def test_a_flat_image_has_no_border_in_the_networks_that_score(batch_norm):
+    """Zeros outside would be an edge around every image. Pixel shuffles give each of 2 x 2 pixels a shade of its own:
+    one of them at a time."""
+    config = config_of(64, batch_norm=batch_norm, head_width=8)
+    networks = ScoringNetworks(config, Standardisation())
+    for seed in range(3):
+        networks(draw(4, 3, 64, 64, seed=seed), torch.zeros(1, 2, 64, 64))
+    flat = torch.tensor([0.8, -0.3, 0.1]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    codes, reconstructions, logits = networks.eval()(flat, torch.full((1, 2, 64, 64), 0.4))
+    assert logits is not None
+    phases = [
+        image[..., row::2, column::2] for image in (reconstructions, logits) for row in (0, 1) for column in (0, 1)
+    ]
+    for values in (codes, *phases):
+        assert torch.allclose(values, values[..., 1:2, 1:2].expand_as(values), atol=1e-5)
+    # The image discriminator does see the border, as it does not score: the comparison is able to fail.
+    seen = ImageDiscriminator(config)(flat)
+    assert not torch.allclose(seen, seen[..., 1:2, 1:2].expand_as(seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [LatentDiscriminator, ImageDiscriminator])
@@ -154,7 +190,7 @@ def test_a_cell_of_a_grid_sees_only_its_surroundings():
 def test_batch_norm_stands_on_the_asked_side_of_the_activation(network, position, offset):
     layers = list(network(config_of(batch_norm=position)).layers)
     activations = [index for index, layer in enumerate(layers) if isinstance(layer, nn.LeakyReLU | nn.ReLU)]
-    assert len(activations) == (4 if network is Encoder else 5)
+    assert len(activations) == 4
     assert all(isinstance(layers[index + offset], nn.BatchNorm2d) for index in activations)
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers) == len(activations)
 
@@ -164,15 +200,135 @@ def test_parameter_count_counts_every_number():
     assert parameter_count(LatentDiscriminator(config_of())) == (4 * 64 + 64) + (64 * 64 + 64) + (64 + 1)
 
 
+# Segmentation head
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [32, 48, 256])
+@torch.no_grad()
+def test_the_head_gives_one_logit_per_pixel(size, channels):
+    head = SegmentationHead(config_of(size, channels=channels, head_width=8)).eval()
+    images, reconstructions = draw(2, channels, size, size), draw(2, channels, size, size, seed=1)
+    places = places_of(size, images.device)[None]
+    assert head(images, reconstructions, places).shape == (2, 1, size, size)
+    # Places of every window by itself, as in training, are as good as those that all share.
+    assert torch.equal(head(images, reconstructions, places.repeat(2, 1, 1, 1)), head(images, reconstructions, places))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_the_head_starts_near_one_pixel_in_twenty(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = SegmentationHead(config_of(64, head_width=16))
+    logits = head(draw(4, 3, 64, 64), draw(4, 3, 64, 64, seed=1), places_of(64, torch.device("cpu"))[None])
+    assert 0.03 < float(logits.sigmoid().mean()) < 0.08
+
+
+@pytest.mark.parametrize("part", ["images", "reconstructions", "places"])
+@torch.no_grad()
+def test_the_head_looks_at_all_that_it_is_given(part):
+    head = SegmentationHead(config_of(head_width=8)).eval()
+    given = {"images": draw(1, 3, 32, 32), "reconstructions": draw(1, 3, 32, 32, seed=1), "places": draw(1, 2, 32, 32)}
+    changed = given | {part: -given[part]}
+    assert (head(**given) - head(**changed)).abs().max() > 1e-3
+
+
+def test_the_heads_loss_teaches_the_head_alone():
+    networks = ScoringNetworks(config_of(head_width=8), Standardisation())
+    places = places_of(32, torch.device("cpu"))[None]
+    _, reconstructions, logits = networks(draw(4, 3, 32, 32), places)
+    assert networks.head is not None
+    assert logits is not None
+    F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits)).backward()
+    assert all(parameter.grad is not None for parameter in networks.head.parameters())
+    autoencoder = [*networks.encoder.parameters(), *networks.decoder.parameters()]
+    assert all(parameter.grad is None for parameter in autoencoder)
+    # The reconstructions that it was shown do teach the autoencoder, by their own loss.
+    reconstructions.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in autoencoder)
+
+
+# Networks that score
+
+
+@torch.no_grad()
+def test_scoring_networks_are_their_parts_in_a_row():
+    networks = ScoringNetworks(config_of(head_width=8), Standardisation()).eval()
+    images, places = draw(3, 3, 32, 32), places_of(32, torch.device("cpu"))[None]
+    codes, reconstructions, logits = networks(images, places)
+    assert networks.head is not None
+    assert torch.allclose(codes, networks.encoder(images), atol=1e-6)
+    assert torch.allclose(reconstructions, networks.decoder(codes), atol=1e-6)
+    assert torch.allclose(logits, networks.head(images, reconstructions, places), atol=1e-6)
+
+
+@torch.no_grad()
+def test_scoring_networks_without_a_head_give_no_logits():
+    networks = ScoringNetworks(config_of(), Standardisation()).eval()
+    assert networks.head is None
+    assert networks(draw(1, 3, 32, 32), places_of(32, torch.device("cpu"))[None])[2] is None
+
+
+def test_places_go_across_and_then_down_from_minus_one_to_one():
+    across, down = places_of(33, torch.device("cpu"))
+    assert across[5].tolist() == pytest.approx([-1 + column / 16 for column in range(33)])
+    assert torch.equal(down, across.T)
+    assert (across == across[:1]).all()
+
+
+# Standardisation
+
+
+def test_standardisation_gives_mean_zero_and_deviation_a_half():
+    generator = torch.Generator().manual_seed(0)
+    pixels = (90 + 30 * torch.randn(8, 3, 32, 32, generator=generator)).clamp(0, 255).byte()
+    mean, deviation = float(pixels.double().mean()), float(pixels.double().std(correction=0))
+    images = Standardisation(mean, deviation)(pixels)
+    assert images.dtype == torch.float32
+    assert float(images.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(images.std(correction=0)) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_standardisation_by_hand():
+    images = Standardisation(mean=100, deviation=25)(torch.tensor([100, 150, 0, 255], dtype=torch.uint8))
+    assert images.tolist() == pytest.approx([0, 1, -2, 3.1])
+
+
+def test_standardisation_without_arguments_maps_the_ends_of_the_range():
+    assert Standardisation()(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(127.5, 63.75), (12.0, 3.0), (250.0, 0.0)])
+def test_intensities_undo_standardisation(mean, deviation):
+    pixels = torch.arange(256, dtype=torch.uint8)
+    standardisation = Standardisation(mean, deviation)
+    back = standardisation.intensities(standardisation(pixels))
+    assert torch.allclose(back, pixels.float() / 255, atol=1e-5)
+    assert torch.equal((255 * back).round().byte(), pixels)
+
+
+@pytest.mark.parametrize("gray", [0, 128, 255])
+def test_images_of_one_flat_colour_are_standardised_to_zero(gray):
+    images = Standardisation(mean=float(gray), deviation=0)(torch.full((2, 3, 8, 8), gray, dtype=torch.uint8))
+    assert torch.equal(images, torch.zeros(2, 3, 8, 8))
+    # And another colour is far from it, but finite.
+    assert Standardisation(mean=float(gray), deviation=0)(torch.tensor([255 - gray])).isfinite().all()
+
+
 # ModelConfig
+
+
+# Of the default image size.
+TILES_ALLOWED = "0 (the image in one piece) and multiples of 16 from 32 to 512 and to image_size, 128"
 
 
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("image_size", 16, "multiples of 16 from 32 to 512"),
-        ("image_size", 100, "multiples of 16 from 32 to 512"),
-        ("image_size", 528, "multiples of 16 from 32 to 512"),
+        ("image_size", 16, "multiples of 16 from 32 to 512, with a tile to 8192"),
+        ("image_size", 100, "multiples of 16 from 32 to 512, with a tile to 8192"),
+        ("image_size", 528, "multiples of 16 from 32 to 512, with a tile to 8192"),
         ("channels", 2, "1 (gray) and 3 (colour)"),
         ("channels", 4, "1 (gray) and 3 (colour)"),
         ("width", 0, "multiples of 8 from 8 to 256"),
@@ -182,6 +338,10 @@ def test_parameter_count_counts_every_number():
         ("latent_dim", 0, "1 to 1024"),
         ("latent_dim", 1025, "1 to 1024"),
         ("batch_norm", "none", "before, after"),
+        ("head_width", -8, "0 (no head) and multiples of 8 to 256"),
+        ("head_width", 12, "0 (no head) and multiples of 8 to 256"),
+        ("head_width", 264, "0 (no head) and multiples of 8 to 256"),
+        *(("tile", tile, TILES_ALLOWED) for tile in (-32, 16, 40, 144)),
     ],
 )
 def test_a_config_refuses_by_field_value_and_what_is_allowed(field, value, allowed):
@@ -192,11 +352,37 @@ def test_a_config_refuses_by_field_value_and_what_is_allowed(field, value, allow
 
 @pytest.mark.parametrize(
     ("field", "values"),
-    [("image_size", (32, 512)), ("channels", (1, 3)), ("width", (8, 256)), ("latent_dim", (1, 1024))],
+    [
+        ("image_size", (32, 512)),
+        ("channels", (1, 3)),
+        ("width", (8, 256)),
+        ("latent_dim", (1, 1024)),
+        ("head_width", (0, 8, 256)),
+        ("tile", (0, 32, 128)),
+    ],
 )
 def test_a_config_takes_both_ends_of_a_range(field, values):
     for value in values:
         assert getattr(replace(ModelConfig(), **{field: value}), field) == value
+
+
+def test_a_large_image_needs_a_tile():
+    config = ModelConfig(image_size=8192, tile=512)
+    assert (config.side, config.bottleneck_side) == (512, 32)
+    with pytest.raises(ConfigError, match="image_size is 8192"):
+        ModelConfig(image_size=8192)
+    with pytest.raises(ConfigError, match="image_size is 8208"):
+        ModelConfig(image_size=8208, tile=512)
+    with pytest.raises(ConfigError, match="tile is 528"):
+        ModelConfig(image_size=8192, tile=528)
+
+
+@pytest.mark.parametrize("latent", ["vector", "grid"])
+def test_a_tile_is_what_the_networks_are_made_for(latent):
+    tiled, small = replace(config_of(512, latent=latent), tile=112), config_of(112, latent=latent)
+    assert (tiled.side, config_of(512).side) == (112, 512)
+    for name in ("stage_widths", "bottleneck_side", "latent_side"):
+        assert getattr(tiled, name) == getattr(small, name)
 
 
 def test_a_config_cannot_be_changed():

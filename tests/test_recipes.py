@@ -18,6 +18,9 @@ REFUSED = [
     ("image_size", "528", "multiples of 16 from 32 to 512"),
     ("image_size", "72", "multiples of 16 from 32 to 512"),
     ("image_size", "64.0", "a whole number"),
+    ("tile", "16", "0 (the image in one piece) and multiples of 16 from 32 to 512"),
+    ("tile", "80", "to image_size, 64"),
+    ("tile", "-16", "0 (the image in one piece)"),
     ("channels", "2", "1 (gray) and 3 (colour)"),
     ("width", "0", "multiples of 8 from 8 to 256"),
     ("width", "264", "multiples of 8 from 8 to 256"),
@@ -28,12 +31,20 @@ REFUSED = [
     ("latent_dim", "0", "1 to 1024"),
     ("latent_dim", "1025", "1 to 1024"),
     ("batch_norm", "none", "before, after"),
+    ("head_width", "12", "0 (no head) and multiples of 8 to 256"),
+    ("head_width", "264", "0 (no head) and multiples of 8 to 256"),
+    ("crop", "16", "0 (no crop) and, for a grid of codes, multiples of 16 from 32 to 64"),
+    ("crop", "80", "multiples of 16 from 32 to 64"),
+    ("crop", "40", "multiples of 16 from 32 to 64"),
+    ("jitter", "-0.1", "0 to 0.5"),
+    ("jitter", "0.6", "0 to 0.5"),
     ("corruption", "-0.1", "0 to 1"),
     ("corruption", "1.1", "0 to 1"),
     ("corruption", "half", "a number"),
     ("l2_weight", "-1", "0 or more"),
     ("ssim_weight", "-1", "0 or more"),
     ("gradient_weight", "-1", "0 or more"),
+    ("head_weight", "-1", "0 or more"),
     ("latent_loss", "wgan", "bce, wgan-gp"),
     ("latent_loss", "BCE", "bce, wgan-gp"),
     ("latent_weight", "-0.001", "0 or more"),
@@ -43,6 +54,7 @@ REFUSED = [
     ("image_n_critic", "-1", "1 or more"),
     ("image_n_critic", "1.5", "a whole number"),
     ("gradient_penalty_weight", "0", "more than 0"),
+    ("adversary_every", "0", "1 or more"),
     ("steps", "0", "1 or more"),
     ("steps", "1e3", "a whole number"),
     ("steps", "", "a whole number"),
@@ -83,6 +95,19 @@ WRONG_TYPES = [
 def test_shipped_recipes_load_with_every_value_of_their_file(name):
     values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
     assert asdict(load_recipe(name, [])) == values
+
+
+def test_a_vector_of_codes_takes_no_crop():
+    load_recipe("tiny", ["latent=vector"])
+    with pytest.raises(ConfigError, match="crop is 32: allowed are 0"):
+        load_recipe("tiny", ["latent=vector", "crop=32"])
+
+
+def test_a_large_image_needs_tiles():
+    with pytest.raises(ConfigError, match=r"image_size is 1024: .* from 32 to 512, with a tile to 8192"):
+        load_recipe("default", ["image_size=1024"])
+    config = load_recipe("default", ["tile=256", "image_size=1024"]).model_config()
+    assert (config.image_size, config.side) == (1024, 256)
 
 
 def test_the_recipes_that_the_command_line_relies_on_are_shipped():

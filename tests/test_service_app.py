@@ -328,7 +328,7 @@ def test_start_fails_on_a_model_without_a_name(checkpoint):
 
 def test_start_fails_on_scores_that_are_not_finite(checkpoint):
     with torch.no_grad():
-        next(checkpoint.decoder.parameters()).fill_(float("nan"))
+        next(checkpoint.networks.decoder.parameters()).fill_(float("nan"))
     with (
         pytest.raises(CheckpointError, match="not a finite"),
         TestClient(create_app(Settings(), checkpoint=checkpoint)),

@@ -21,16 +21,23 @@ class Recipe:
 
     # The networks: see ModelConfig.
     image_size: int
+    tile: int
     channels: int
     width: int
     latent: LatentShape
     latent_dim: int
     batch_norm: NormPosition
-    # What the autoencoder rebuilds: share of its training images that get a synthetic defect, and its loss.
+    head_width: int
+    # What the networks are shown: random windows of this many pixels (0: the whole image, or a tile of it), their
+    # brightness and contrast changed by up to this share.
+    crop: int
+    jitter: float
+    # What the autoencoder rebuilds: the probability of each synthetic defect, and its loss.
     corruption: float
     l2_weight: float
     ssim_weight: float
     gradient_weight: float
+    head_weight: float
     # The two adversaries. n_critic: discriminator steps per autoencoder step, each on a fresh batch.
     latent_loss: AdversarialLoss
     latent_weight: float
@@ -39,6 +46,7 @@ class Recipe:
     image_weight: float
     image_n_critic: int
     gradient_penalty_weight: float
+    adversary_every: int  # steps of the autoencoder from one in which the adversaries take part to the next
     # Optimisation.
     steps: int
     batch_size: int
@@ -46,7 +54,7 @@ class Recipe:
     discriminator_learning_rate: float
     schedule: Schedule
     ema: float  # decay per step of the averaged weights, which are the ones that score
-    mixed_precision: bool  # bfloat16 for the networks, on a GPU only
+    mixed_precision: bool  # bfloat16 for the networks, where the device computes it
     seed: int
     # The held-out images.
     calibration_fraction: float
@@ -57,14 +65,22 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(field.name, field.type, getattr(self, field.name))
-        self.model_config()
+        side = self.model_config().side
+        allowed = self.crop == 0 or (32 <= self.crop <= side and self.crop % 16 == 0 and self.latent == "grid")
+        _check(
+            "crop",
+            self.crop,
+            allowed,
+            f"0 (no crop) and, for a grid of codes, multiples of 16 from 32 to {side}",
+        )
+        _check("jitter", self.jitter, 0 <= self.jitter <= 0.5, "0 to 0.5")
         _check("corruption", self.corruption, 0 <= self.corruption <= 1, "0 to 1")
-        for name in ("l2_weight", "ssim_weight", "gradient_weight", "latent_weight", "image_weight"):
+        for name in ("l2_weight", "ssim_weight", "gradient_weight", "head_weight", "latent_weight", "image_weight"):
             value = getattr(self, name)
             _check(name, value, 0 <= value < math.inf, "0 or more")
         if not self.l2_weight + self.ssim_weight + self.gradient_weight:
             raise ConfigError("l2_weight, ssim_weight and gradient_weight are all 0: one must be more.")
-        for name in ("latent_n_critic", "image_n_critic", "steps", "save_every"):
+        for name in ("latent_n_critic", "image_n_critic", "adversary_every", "steps", "save_every"):
             value = getattr(self, name)
             _check(name, value, value >= 1, "1 or more")
         weight = self.gradient_penalty_weight
@@ -83,11 +99,13 @@ class Recipe:
     def model_config(self) -> ModelConfig:
         return ModelConfig(
             image_size=self.image_size,
+            tile=self.tile,
             channels=self.channels,
             width=self.width,
             latent=self.latent,
             latent_dim=self.latent_dim,
             batch_norm=self.batch_norm,
+            head_width=self.head_width,
         )
 
 

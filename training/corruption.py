@@ -1,63 +1,171 @@
-"""Synthetic defects, drawn on the device, a whole batch at once.
+"""Synthetic defects, drawn on the device, a whole batch at once, without outside images.
 
-The autoencoder is trained to undo them, so that at test time it rebuilds the part without its defect: structured
-corruptions, not noise, are what makes a reconstruction score work (Zavrtanik et al., DRAEM, arXiv 2108.07610).
+The autoencoder is trained to undo them and the segmentation head to find them: structured corruptions, not noise, are
+what makes a reconstruction score work (Zavrtanik et al., DRAEM, arXiv 2108.07610; Schlüter et al., Natural Synthetic
+Anomalies, arXiv 2109.15222). A defect is a shape and a filling, chosen apart from each other: a crack may be painted,
+or be a sliver of another part.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DEFECTS = 2  # at most, per image
+# Changes below it cannot be seen, and a label there would teach the head to guess. Of standardised images, whose
+# deviation is 0.5.
+VISIBLE = 0.1
+BLOCK = 4  # pixels on each side
+
+
+class Draws:
+    """Random numbers for each of `count` images, from one generator and on its device."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.count, self.generator, self.device = count, generator, generator.device
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        """(B, 1, 1, 1)."""
+        share = torch.rand((self.count, 1, 1, 1), generator=self.generator, device=self.device)
+        return low + (high - low) * share
+
+    def octaves(self, low: float, high: float) -> Tensor:
+        """(B, 1, 1, 1), each doubling from low to high as likely as the next."""
+        share = torch.rand((self.count, 1, 1, 1), generator=self.generator, device=self.device)
+        return low * (high / low) ** share
+
+    def chance(self, probability: float) -> Tensor:
+        """(B, 1, 1, 1), True with that probability."""
+        return self.uniform(0, 1) < probability
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn((self.count, *shape), generator=self.generator, device=self.device)
+
+    def noise(self, channels: int, size: int, *, roughness: float) -> Tensor:
+        """Fractal noise (B, channels, S, S): each octave is twice as fine as the last, and weaker by `roughness`."""
+        cells, weight = 4, 1.0
+        field = self.normal(channels, cells, cells)
+        while cells < size:
+            cells, weight = min(2 * cells, size), weight * roughness
+            field = F.interpolate(field, size=(cells, cells), mode="bilinear")
+            if cells <= size // 2:
+                field = field + weight * self.normal(channels, cells, cells)
+        return field
+
 
 def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Give each image a synthetic defect with some probability. Returns the images and the defects' masks.
+    """Draw up to DEFECTS defects on each image, each with some probability. Returns the images and the defects' masks.
 
-    images: (B, C, S, S) in [-1, 1]. Masks: (B, 1, S, S), the defect's opacity in [0, 1]. The defect is a blob of
-    random size and place, filled with one of: a flat colour, noise, another part, another place of the same part.
+    images: standardised, (B, C, S, S). Masks: (B, 1, S, S), 1 where a defect can be seen and 0 elsewhere.
     """
-    count, device = len(images), images.device
-    blob = _blobs(images, generator)
-    opacity = 0.3 + 0.7 * torch.rand((count, 1, 1, 1), generator=generator, device=device)
-    chosen = torch.rand((count, 1, 1, 1), generator=generator, device=device) < probability
-    mask = blob * opacity * chosen  # (B, 1, S, S)
-    kind = torch.randint(4, (count, 1, 1, 1), generator=generator, device=device)
-    filling = _filling(images, kind, generator)
-    return torch.lerp(images, filling, mask), mask
+    images = images.clone(memory_format=torch.contiguous_format)
+    visible = torch.zeros_like(images[:, :1])
+    for _ in range(DEFECTS):
+        chosen = Draws(len(images), generator).chance(probability).flatten().nonzero().squeeze(1)
+        if len(chosen):
+            draws = Draws(len(chosen), generator)
+            opacity = draws.uniform(0.3, 1) * shapes(draws, images.shape[-1])
+            whole = images[chosen]
+            damaged = torch.lerp(whole, fillings(images, chosen, draws), opacity)
+            change = (damaged - whole).abs_().mean(dim=1, keepdim=True)
+            # By blocks, because a pasted texture crosses what was there before.
+            changed = F.interpolate(F.max_pool2d((change > VISIBLE).float(), BLOCK), scale_factor=BLOCK)
+            visible[chosen] = torch.maximum(visible[chosen], (opacity > 0.02) * changed)
+            images[chosen] = damaged
+    return images, visible
 
 
-def _blobs(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blobs 1 inside and 0 outside, with soft borders: smooth noise around a random centre. (B, 1, S, S)."""
-    count, size, device = len(images), images.shape[-1], images.device
-    uniform = torch.rand((3, count, 1, 1), generator=generator, device=device)
-    # Sides from 3 to 40 % of the image, small ones as likely per octave; up to five times longer than wide.
-    scale = 0.03 * (0.4 / 0.03) ** uniform[0]
-    stretch = 5 ** (uniform[1] - 0.5)
-    turn = torch.pi * uniform[2]
-    axis = torch.linspace(-1, 1, size, device=device)
-    centre = 1.8 * torch.rand((2, count, 1, 1), generator=generator, device=device) - 0.9
-    across, down = axis.view(1, 1, size) - centre[0], axis.view(1, size, 1) - centre[1]  # (B, S, S)
-    along = (across * turn.cos() + down * turn.sin()) / (scale * stretch)
-    beside = (down * turn.cos() - across * turn.sin()) / (scale / stretch)
-    distance = (along.square() + beside.square()).sqrt()
-    cells = size // 4
-    noise = torch.randn((count, 1, cells, cells), generator=generator, device=device)
-    noise = F.interpolate(F.avg_pool2d(noise, 3, 1, 1), size=(size, size), mode="bicubic", align_corners=False)
-    blob = torch.sigmoid(12 * (1 + noise.squeeze(1) - distance)).unsqueeze(1)
-    # The smallest may fall between the pixels of a small image, and would fade.
-    return blob / blob.amax(dim=(2, 3), keepdim=True)
+def shapes(draws: Draws, size: int) -> Tensor:
+    """Where the defects are: (B, 1, S, S), 0 outside to 1 inside, with borders from sharp to soft.
+
+    Blobs with rough borders, boxes, specks and lines, from straight scratches to jagged cracks, each at a random
+    place and turn and of random size, small ones as likely per octave.
+    """
+    axis = torch.arange(size, device=draws.device, dtype=torch.float32)
+    across = axis.view(1, 1, 1, size) - draws.uniform(0, size)  # in pixels, from the defect's centre
+    down = axis.view(1, 1, size, 1) - draws.uniform(0, size)
+    turn = draws.uniform(0, torch.pi)
+    along = across * turn.cos() + down * turn.sin()
+    beside = down * turn.cos() - across * turn.sin()
+    noise = draws.noise(1, size, roughness=0.6)
+
+    kind = draws.uniform(0, 1)
+    is_box, is_specks, is_line = (kind > 0.45) & (kind < 0.55), (kind > 0.55) & (kind < 0.65), kind > 0.65
+
+    # A blob or a box is where the distance from its centre, in units of its radius, is below one.
+    radius, stretch, softness = draws.octaves(0.012 * size, 0.25 * size), draws.octaves(0.5, 2), draws.octaves(0.5, 6)
+    first, second = (along / (radius * stretch)).abs(), (beside / (radius / stretch)).abs()
+    distance = torch.where(is_box, torch.maximum(first, second), torch.hypot(first, second))
+    distance = distance + torch.where(is_box, 0.0, draws.uniform(0, 0.5)) * noise
+    blob = ((1 - distance) * radius / softness + 0.5).clamp(0, 1)
+    # Specks are the peaks of the noise within a blob, the highest of them at least.
+    peak = torch.where(blob < 1, -4.0, noise).amax(dim=(2, 3), keepdim=True)
+    specks = blob * (4 * (noise - peak + draws.uniform(0.2, 1))).clamp(0, 1)
+
+    # A line is where a straight one, bent by noise, passes within half its width.
+    half_length, half_width = draws.octaves(0.04 * size, 0.35 * size), draws.octaves(0.4, 2.5)
+    bent = beside - draws.octaves(0.3, 0.08 * size) * noise
+    line = (half_width + 0.5 - bent.abs()).clamp(0, 1) * (half_length + 0.5 - along.abs()).clamp(0, 1)
+    return torch.where(is_line, line, torch.where(is_specks, specks, blob))
 
 
-def _filling(images: Tensor, kind: Tensor, generator: torch.Generator) -> Tensor:
+def fillings(images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
+    """What the defects of the chosen images (n,) show: (n, C, S, S). Each filling is computed where it is used only."""
+    filled = torch.empty_like(images[: len(chosen)])
+    kind = torch.bucketize(draws.uniform(0, 1).flatten(), images.new_tensor([0.3, 0.7, 0.9]))
+    for number in range(4):
+        places = (kind == number).nonzero().squeeze(1)
+        if not len(places):
+            continue
+        own, own_draws = images[chosen[places]], Draws(len(places), draws.generator)
+        if number == 0:
+            filled[places] = painted(own, own_draws)
+        elif number == 1:
+            filled[places] = moved(own, images[chosen[places] - 1], own_draws)
+        elif number == 2:
+            filled[places] = altered(own, own_draws)
+        else:
+            filled[places] = blurred(own)
+    return filled
+
+
+def painted(images: Tensor, draws: Draws) -> Tensor:
+    """A colour, flat or with a texture: any colour, a gray, or one that the part has elsewhere (missing material)."""
     count, channels, size, _ = images.shape
-    device = images.device
-    colour = 2 * torch.rand((count, channels, 1, 1), generator=generator, device=device) - 1
-    noise = torch.randn((count, channels, size // 4, size // 4), generator=generator, device=device)
-    smooth = F.interpolate(noise, size=(size, size), mode="bilinear")
-    texture = (colour + 0.5 * smooth).clamp(-1, 1)
-    # Shifts of at least an eighth, or the same part would be pasted onto itself.
-    down, across = torch.randint(size // 8, size - size // 8, (2,), generator=generator, device=device).tolist()
-    moved = images.roll((down, across), dims=(2, 3))
-    other = moved.roll(1, dims=0)
-    filling = torch.where(kind == 0, colour.expand_as(images), texture)
-    filling = torch.where(kind == 2, other, filling)
-    return torch.where(kind == 3, moved, filling)
+    colour = 2 * draws.normal(channels, 1, 1)
+    gray = channels**0.5 * colour.mean(dim=1, keepdim=True)
+    colour = torch.where(draws.chance(0.5), gray, colour)
+    place = torch.randint(size * size, (count, 1, 1), generator=draws.generator, device=draws.device)
+    own = images.flatten(2).gather(2, place.expand(count, channels, 1)).view(count, channels, 1, 1)
+    colour = torch.where(draws.chance(0.3), own, colour)
+    return colour + draws.octaves(0.02, 1) * draws.noise(1, size, roughness=0.8)
+
+
+def moved(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
+    """Cut and paste from elsewhere on the same part or on another one, turned and scaled; or the same place, warped."""
+    size = images.shape[-1]
+    jump = draws.chance(0.7)
+    source = torch.where(jump & draws.chance(0.5), others, images)
+    scale = torch.where(jump, draws.octaves(0.7, 1.4), 1.0)
+    turn = torch.where(jump & draws.chance(0.5), draws.uniform(-0.5, 0.5), 0.0)
+    axis = (torch.arange(size, device=draws.device) + 0.5) * 2 / size - 1  # the corners are at -1 and 1
+    across, down = axis.view(1, 1, 1, size), axis.view(1, 1, size, 1)
+    warp = torch.where(jump, 0.0, draws.octaves(1, 8) * 2 / size) * draws.noise(2, size, roughness=0.4)
+    shift = torch.cat([draws.uniform(-1, 1), draws.uniform(-1, 1)], dim=1) * jump  # (B, 2, 1, 1)
+    turned = torch.cat([across * turn.cos() + down * turn.sin(), down * turn.cos() - across * turn.sin()], dim=1)
+    grid = (scale * turned + shift + warp).permute(0, 2, 3, 1)  # (B, S, S, 2)
+    return F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
+
+
+def altered(images: Tensor, draws: Draws) -> Tensor:
+    """The same place, darker or brighter, with more or less contrast, perhaps grainy: stains, wear, uneven light."""
+    size = images.shape[-1]
+    sign = torch.where(draws.chance(0.5), 1.0, -1.0)
+    grain = torch.where(draws.chance(0.5), draws.normal(1, size, size), draws.noise(1, size, roughness=0.9))
+    grain = draws.chance(0.5) * draws.octaves(0.05, 0.5) * grain
+    return images * draws.uniform(0.6, 1.4) + sign * draws.octaves(0.1, 1) + grain
+
+
+def blurred(images: Tensor) -> Tensor:
+    """The same place, its texture worn away."""
+    coarse = F.avg_pool2d(images, 8)
+    return F.interpolate(coarse, size=images.shape[-2:], mode="bilinear")

@@ -35,8 +35,16 @@ def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Consol
     sample = load_images(split.training[:SAMPLE], channels=recipe.channels, size=recipe.image_size)
     state = TrainingState(recipe, sample, device=device)
     console.print("[bold]parameters")
-    for name in ("encoder", "decoder", "latent_discriminator", "image_discriminator"):
-        console.print(f"  {name} {parameter_count(getattr(state, name)):,}")
+    networks = {
+        "encoder": state.networks.encoder,
+        "decoder": state.networks.decoder,
+        "segmentation_head": state.networks.head,
+        "latent_discriminator": state.latent_discriminator,
+        "image_discriminator": state.image_discriminator,
+    }
+    for name, network in networks.items():
+        if network is not None:
+            console.print(f"  {name} {parameter_count(network):,}")
 
     ends: list[float] = []
     train(state, replace(recipe, steps=STEPS), lambda _: ends.append(time.perf_counter()))

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.calibration import SCORE_NAMES
 from models.errors import DataError
 from models.files import replace_file
-from models.scoring import MapArray, Scorer, normalise
+from models.scoring import MapArray, Scorer
 from training import metrics
 from training.data import GOOD, Dataset, TestImage, load_mask, read_dataset, unreadable
 from training.inference import FailedImage, ScoredImage, score_images
@@ -109,8 +109,8 @@ def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
             maps.append(result.full_map())
             masks.append(_mask(test_image, result))
             if test_image.defect == GOOD:
-                good_images.append(normalise(result.pixels))
-                good_reconstructions.append(result.reconstruction)
+                good_images.append(result.pixels.float() / 127.5 - 1)
+                good_reconstructions.append((2 * result.reconstruction - 1).clamp(-1, 1))
     if failed:
         raise unreadable(failed, of=f"{len(dataset.test)} test images")
     return Measured(

@@ -32,7 +32,7 @@ class ScoredImage:
     p_value: float
     anomaly_map: MapArray  # (S, S)
     pixels: Tensor  # uint8 (C, S, S), what the model saw
-    reconstruction: Tensor  # (C, S, S) in [-1, 1]
+    reconstruction: Tensor  # (C, S, S) intensities, in [0, 1] or a little outside
 
     def full_map(self) -> MapArray:
         """The map at the image's own resolution (H, W)."""

@@ -11,38 +11,56 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from models.errors import TrainingDivergedError
-from models.networks import Decoder, Encoder, ImageDiscriminator, LatentDiscriminator
-from models.scoring import normalise
+from models.networks import ImageDiscriminator, LatentDiscriminator, ScoringNetworks, Standardisation, places_of
 from training.config import AdversarialLoss, Recipe
 from training.corruption import corrupt
-from training.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss
+from training.losses import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    reconstruction_loss,
+    segmentation_loss,
+)
 
+BETAS = (0.9, 0.999)
 # Adam's betas of DCGAN (arXiv 1511.06434, section 4): a high first beta makes an adversary oscillate.
-BETAS = (0.5, 0.999)
+ADVERSARY_BETAS = (0.5, 0.999)
+WARMUP = 50  # steps
+STATISTICS_BATCHES = 50  # from which batch norm's running statistics are measured
 
 
 class Batches:
-    """Shuffled batches of (B, C, S, S) in [-1, 1], pass after pass without repeats; `drawn` says where it stands."""
+    """Shuffled batches of windows of the training images, pass after pass without repeats; `drawn` is where it stands.
 
-    def __init__(self, pixels: Tensor, *, batch_size: int, seed: int) -> None:
+    A window is (C, W, W), W = crop, anywhere in its image.
+    """
+
+    def __init__(self, pixels: Tensor, *, batch_size: int, crop: int, seed: int) -> None:
         self.pixels = pixels  # uint8 (N, C, S, S), all in the device's memory
+        self.places = places_of(pixels.shape[-1], pixels.device)
         self.batch_size = min(batch_size, len(pixels))
+        self.crop = crop
         self.seed = seed
         self.drawn = 0
         self._order = self._shuffled(0)
 
-    def next(self) -> Tensor:
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Windows, uint8 (B, C, W, W), and where in their images they lie, (B, 2, W, W)."""
         per_pass = len(self.pixels) // self.batch_size
         index = self.drawn % per_pass
         if index == 0:
             self._order = self._shuffled(self.drawn // per_pass)
-        self.drawn += 1
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        return normalise(self.pixels[chosen.to(self.pixels.device)])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 7_919 * self.drawn + 1)
+        corners = torch.randint(self.pixels.shape[-1] - self.crop + 1, (len(chosen), 2), generator=generator)
+        self.drawn += 1
+        windows = [(slice(top, top + self.crop), slice(left, left + self.crop)) for top, left in corners.tolist()]
+        pixels = [self.pixels[image, :, *window] for image, window in zip(chosen.tolist(), windows, strict=True)]
+        return torch.stack(pixels), torch.stack([self.places[:, *window] for window in windows])
 
     def resume(self, drawn: int) -> None:
         self.drawn = drawn
@@ -61,20 +79,19 @@ class TrainingState:
         config = recipe.model_config()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.encoder = Encoder(config).to(device)
-            self.decoder = Decoder(config).to(device)
+            self.networks = ScoringNetworks(config, standardisation_of(pixels)).to(device)
             self.latent_discriminator = LatentDiscriminator(config).to(device)
-            self.image_discriminator = ImageDiscriminator(config).to(device)
+            self.image_discriminator = ImageDiscriminator(config).to(device).to(memory_format=torch.channels_last)
         # The weights that score: an exponential moving average smooths what the adversaries stir up.
-        self.averaged = nn.Sequential(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
-        autoencoder = [*self.encoder.parameters(), *self.decoder.parameters()]
-        self.autoencoder_optimizer = torch.optim.Adam(autoencoder, betas=BETAS)
-        self.latent_optimizer = torch.optim.Adam(self.latent_discriminator.parameters(), betas=BETAS)
-        self.image_optimizer = torch.optim.Adam(self.image_discriminator.parameters(), betas=BETAS)
-        self.batches = Batches(pixels.to(device), batch_size=recipe.batch_size, seed=recipe.seed)
+        self.averaged = copy.deepcopy(self.networks)
+        self.optimizer = torch.optim.Adam(self.networks.parameters(), betas=BETAS)
+        self.latent_optimizer = torch.optim.Adam(self.latent_discriminator.parameters(), betas=ADVERSARY_BETAS)
+        self.image_optimizer = torch.optim.Adam(self.image_discriminator.parameters(), betas=ADVERSARY_BETAS)
+        crop = recipe.crop or config.side
+        self.batches = Batches(pixels.to(device), batch_size=recipe.batch_size, crop=crop, seed=recipe.seed)
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
         self.autocast = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=recipe.mixed_precision and device.type == "cuda"
+            device.type, dtype=torch.bfloat16, enabled=recipe.mixed_precision and computes_bfloat16(device)
         )
         self.step = 0
 
@@ -95,15 +112,30 @@ class TrainingState:
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {
-            "encoder": self.encoder,
-            "decoder": self.decoder,
+            "networks": self.networks,
             "latent_discriminator": self.latent_discriminator,
             "image_discriminator": self.image_discriminator,
             "averaged": self.averaged,
-            "autoencoder_optimizer": self.autoencoder_optimizer,
+            "optimizer": self.optimizer,
             "latent_optimizer": self.latent_optimizer,
             "image_optimizer": self.image_optimizer,
         }
+
+
+def standardisation_of(pixels: Tensor) -> Standardisation:
+    """Of training images, uint8 (N, C, S, S): the mean and the deviation of all their gray levels."""
+    counts = torch.bincount(pixels.flatten(), minlength=256).double()
+    levels = torch.arange(256, dtype=torch.float64, device=pixels.device)
+    mean = float((counts * levels).sum() / counts.sum())
+    deviation = math.sqrt(float((counts * (levels - mean) ** 2).sum() / counts.sum()))
+    return Standardisation(mean, deviation)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself. A CPU that does not would be slower for it, not faster."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, float]], None]) -> None:
@@ -114,14 +146,17 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
     while state.step < recipe.steps:
         set_learning_rates(state, recipe)
         losses: dict[str, Tensor] = {}
-        # Without a weight an adversary has no say: it is not trained either.
-        if recipe.latent_weight:
-            for _ in range(recipe.latent_n_critic):
-                losses |= latent_discriminator_step(state, recipe)
-        if recipe.image_weight:
-            for _ in range(recipe.image_n_critic):
-                losses |= image_discriminator_step(state, recipe)
-        losses |= autoencoder_step(state, recipe)
+        # Without a weight an adversary has no say: it is not trained either. Its share of a step's time is large, its
+        # say small: as with the regularisation of StyleGAN2 (arXiv 1912.04958, section 3.1), not every step needs it.
+        latent, image = (
+            bool(weight) and state.step % recipe.adversary_every == 0
+            for weight in (recipe.latent_weight, recipe.image_weight)
+        )
+        for _ in range(recipe.latent_n_critic if latent else 0):
+            losses |= latent_discriminator_step(state, recipe)
+        for _ in range(recipe.image_n_critic if image else 0):
+            losses |= image_discriminator_step(state, recipe)
+        losses |= autoencoder_step(state, recipe, latent=latent, image=image)
         average_weights(state, recipe)
         state.step += 1
         after_step(finite_losses(losses, state.step))
@@ -129,9 +164,11 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
 
 def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Tell codes from draws of the prior."""
-    images = state.batches.next()
+    images, _ = _images(state, recipe)
+    damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
+    state.networks.train()
     with torch.no_grad(), state.autocast:
-        codes = _codes(images, state, recipe).float()
+        codes = state.networks.encoder(damaged).float()
     return _discriminator_step(
         "latent",
         recipe.latent_loss,
@@ -145,12 +182,17 @@ def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str,
 
 
 def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
-    """Tell photographed images from decoded ones: half of these from codes, half from draws of the prior."""
-    images = state.batches.next()
-    state.decoder.train()
+    """Tell photographed images from decoded ones: half of these from codes, half from draws of the prior.
+
+    Patches with a synthetic defect are fakes too: what the discriminator learns of defects it passes on to the decoder
+    (OCR-GAN, arXiv 2203.00259, section 3.3).
+    """
+    images, _ = _images(state, recipe)
+    damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
+    state.networks.train()
     with torch.no_grad(), state.autocast:
-        codes = _codes(images, state, recipe)
-        fake = _fakes(codes, state.decoder(codes), state)
+        codes = state.networks.encoder(damaged)
+        fake = _fakes(codes, state.networks.decoder(codes), state)
     return _discriminator_step(
         "image",
         recipe.image_loss,
@@ -158,8 +200,9 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
         recipe,
         discriminator=state.image_discriminator,
         optimizer=state.image_optimizer,
-        real=images,
+        real=damaged,
         fake=fake,
+        defects=F.max_pool2d(masks, kernel_size=16) > 0,  # (B, 1, W/16, W/16), as the logits
     )
 
 
@@ -173,11 +216,18 @@ def _discriminator_step(
     optimizer: torch.optim.Optimizer,
     real: Tensor,
     fake: Tensor,
+    defects: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """One step of either discriminator. `fake` carries no graph: the autoencoder does not learn here."""
+    """One step of either discriminator. `fake` carries no graph: the autoencoder does not learn here.
+
+    defects: bool, which of the logits of `real` are to count as fakes.
+    """
     discriminator.train().requires_grad_(True)
     with state.autocast:
         logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
+    if defects is not None:
+        logits_fake = torch.cat([logits_fake.flatten(), logits_real[defects]])
+        logits_real = logits_real[~defects]
     loss = discriminator_loss(kind, logits_real, logits_fake)
     losses = {f"{name}_discriminator": loss.detach()}
     if kind == "wgan-gp":
@@ -190,13 +240,16 @@ def _discriminator_step(
     return losses
 
 
-def autoencoder_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
-    """Rebuild the images without their synthetic defects, and deceive both discriminators."""
-    images = state.batches.next()
-    state.decoder.train()
+def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, image: bool) -> dict[str, Tensor]:
+    """Rebuild the images without their synthetic defects, mark the defects, and deceive the discriminators.
+
+    latent, image: whether that discriminator takes part.
+    """
+    images, places = _images(state, recipe)
+    damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
+    state.networks.train()
     with state.autocast:
-        codes = _codes(images, state, recipe)
-        reconstructions = state.decoder(codes)  # (B, C, S, S)
+        codes, reconstructions, logits = state.networks(damaged, places)
     codes, reconstructions = codes.float(), reconstructions.float()
     loss = reconstruction_loss(
         reconstructions,
@@ -206,41 +259,49 @@ def autoencoder_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
         gradient_weight=recipe.gradient_weight,
     )
     losses = {"reconstruction": loss.detach()}
-    if recipe.latent_weight:
+    if latent:
         state.latent_discriminator.requires_grad_(False)
         with state.autocast:
-            logits = state.latent_discriminator(codes)
-        adversarial = generator_loss(recipe.latent_loss, logits.float())
+            realism = state.latent_discriminator(codes)
+        adversarial = generator_loss(recipe.latent_loss, realism.float())
         loss = loss + recipe.latent_weight * adversarial
         losses["latent_adversarial"] = adversarial.detach()
-    if recipe.image_weight:
+    if image:
         state.image_discriminator.requires_grad_(False)
         with state.autocast:
-            logits = state.image_discriminator(_fakes(codes, reconstructions, state))
-        adversarial = generator_loss(recipe.image_loss, logits.float())
+            realism = state.image_discriminator(_fakes(codes, reconstructions, state))
+        adversarial = generator_loss(recipe.image_loss, realism.float())
         loss = loss + recipe.image_weight * adversarial
         losses["image_adversarial"] = adversarial.detach()
-    state.autoencoder_optimizer.zero_grad(set_to_none=True)
+    if logits is not None:
+        segmentation = segmentation_loss(logits.float(), masks)
+        loss = loss + recipe.head_weight * segmentation
+        losses["segmentation"] = segmentation.detach()
+    state.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    state.autoencoder_optimizer.step()
+    state.optimizer.step()
     return losses
 
 
-def _codes(images: Tensor, state: TrainingState, recipe: Recipe) -> Tensor:
-    """Codes (B, D, G, G) of the images, some of which get a synthetic defect first."""
-    state.encoder.train()
-    damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
-    codes: Tensor = state.encoder(damaged)
-    return codes
+def _images(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The next batch, standardised (B, C, W, W), and its places (B, 2, W, W).
+
+    Each image is a little brighter or darker, and of more or less contrast: a lamp that ages is no defect.
+    """
+    pixels, places = state.batches.next()
+    images: Tensor = state.networks.standardisation(pixels)
+    draws = 2 * torch.rand((2, len(images), 1, 1, 1), generator=state.generator, device=images.device) - 1
+    images = images * (1 + recipe.jitter * draws[0]) + recipe.jitter / 2 * draws[1]
+    return images.contiguous(memory_format=torch.channels_last), places
 
 
 def _fakes(codes: Tensor, reconstructions: Tensor, state: TrainingState) -> Tensor:
-    """What the image discriminator is shown: half reconstructions, half decoded draws of the prior. (B, C, S, S).
+    """What the image discriminator is shown: half reconstructions, half decoded draws of the prior. (B, C, W, W).
 
     The draws are decoded by themselves: batch norm would mix them with the codes.
     """
     half = len(codes) // 2
-    samples = state.decoder(_prior(codes[half:].shape, state))
+    samples = state.networks.decoder(_prior(codes[half:].shape, state))
     return torch.cat([reconstructions[:half].float(), samples.float()])
 
 
@@ -253,8 +314,10 @@ def set_learning_rates(state: TrainingState, recipe: Recipe) -> None:
     factor = 1.0
     if recipe.schedule == "cosine":
         factor = (1 + math.cos(math.pi * state.step / recipe.steps)) / 2
+    # Adam's first steps follow noise.
+    factor *= min(1.0, (state.step + 1) / WARMUP)
     for optimizer, rate in (
-        (state.autoencoder_optimizer, recipe.learning_rate),
+        (state.optimizer, recipe.learning_rate),
         (state.latent_optimizer, recipe.discriminator_learning_rate),
         (state.image_optimizer, recipe.discriminator_learning_rate),
     ):
@@ -266,8 +329,7 @@ def set_learning_rates(state: TrainingState, recipe: Recipe) -> None:
 def average_weights(state: TrainingState, recipe: Recipe) -> None:
     # The first steps are forgotten sooner: an average that began at random weights would keep them for long.
     decay = min(recipe.ema, (1 + state.step) / (10 + state.step))
-    live = nn.Sequential(state.encoder, state.decoder)
-    for average, parameter in zip(state.averaged.parameters(), live.parameters(), strict=True):
+    for average, parameter in zip(state.averaged.parameters(), state.networks.parameters(), strict=True):
         average.lerp_(parameter, 1 - decay)
 
 
@@ -283,16 +345,24 @@ def finite_losses(losses: dict[str, Tensor], step: int) -> dict[str, float]:
     return values
 
 
-def scoring_networks(state: TrainingState) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder that score: averaged weights, in eval mode.
+def scoring_networks(state: TrainingState, recipe: Recipe) -> ScoringNetworks:
+    """The networks that score: averaged weights, in eval mode.
 
-    Batch norm's running statistics are measured anew on the training images as they are. Those gathered during
-    training also saw synthetic defects and draws from the prior, and belong to other weights.
+    Batch norm's running statistics are measured anew: those gathered during training belong to other weights, and the
+    decoder's also saw draws from the prior. On images with synthetic defects, as in training: channels that only
+    answer to defects would have no scale on good images alone.
     """
-    averaged = copy.deepcopy(state.averaged)
-    pixels = state.batches.pixels
-    # Chunks of one size within one image: update_bn weighs them alike.
-    chunks = torch.tensor_split(pixels, math.ceil(len(pixels) / 64))
-    update_bn((normalise(chunk) for chunk in chunks), averaged)
-    encoder, decoder = averaged.eval()
-    return encoder, decoder
+    averaged = copy.deepcopy(state.averaged).train()
+    norms = [module for module in averaged.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    generator = torch.Generator(state.generator.device).manual_seed(recipe.seed)
+    batches = Batches(state.batches.pixels, batch_size=recipe.batch_size, crop=state.batches.crop, seed=recipe.seed + 1)
+    with torch.no_grad():
+        for _ in range(STATISTICS_BATCHES):
+            pixels, places = batches.next()
+            images = averaged.standardisation(pixels)
+            damaged, _ = corrupt(images, probability=recipe.corruption, generator=generator)
+            averaged(damaged, places)
+    return averaged.eval()

@@ -5,14 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from models.scoring import gradient_magnitude_similarity
+from models.maps import gradient_magnitude_similarity
 from training.config import AdversarialLoss
 
 
 def reconstruction_loss(
     reconstructions: Tensor, images: Tensor, *, l2_weight: float, ssim_weight: float, gradient_weight: float
 ) -> Tensor:
-    """Weighted sum of squared error, 1 - SSIM and 1 - gradient magnitude similarity. (B, C, S, S) in [-1, 1]."""
+    """Weighted sum of squared error, 1 - SSIM and 1 - gradient magnitude similarity.
+
+    Of standardised images, (B, C, S, S).
+    """
     loss = l2_weight * F.mse_loss(reconstructions, images)
     if ssim_weight:
         similarity = structural_similarity_index_measure(reconstructions, images, data_range=2.0)
@@ -21,6 +24,17 @@ def reconstruction_loss(
     if gradient_weight:
         loss = loss + gradient_weight * (1 - gradient_magnitude_similarity(reconstructions, images).mean())
     return loss
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross entropy per pixel, of (B, 1, S, S), with more weight on small defects.
+
+    The pixels of a defect that covers less than 2 % of its image count up to ten times: a crack would otherwise weigh
+    nothing beside a stain.
+    """
+    share = masks.flatten(1).mean(dim=1).view(-1, 1, 1, 1)
+    weights = 1 + masks * (0.02 / (share + 1e-3)).clamp(max=10)
+    return F.binary_cross_entropy_with_logits(logits, masks, weight=weights)
 
 
 def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:

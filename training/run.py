@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models.calibration import Calibration
+from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.checkpoint import Checkpoint, save_checkpoint
 from models.errors import DataError, TrainingDivergedError, TrainingError
 from models.files import replace_file
-from models.scoring import raw_scores
+from models.maps import GoodMaps, MapFusion
+from models.networks import ScoringNetworks
+from models.scoring import outputs, table
+from training import metrics
 from training.config import Recipe
+from training.corruption import corrupt
 from training.data import Dataset, Split, load_images, read_dataset, split_good_images
 from training.loop import TrainingState, scoring_networks, train
 from training.progress import progress_bar
@@ -29,6 +33,7 @@ from training.progress import progress_bar
 CHECKPOINT = "checkpoint"
 LOG_EVERY = 10  # steps between two lines of log.jsonl
 SCORING_BATCH = 32
+WEIGHT_IMAGES = 256  # training images that the weights of the scores are measured on
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,15 @@ def train_folder(
         _train_and_log(state, recipe, out, console)
     except OSError as error:
         raise TrainingError(f"cannot write the run {out}: {error}; --resume goes on from its last state.") from error
-    encoder, decoder = scoring_networks(state)
+    networks = scoring_networks(state, recipe)
+    fusion, calibration_of_scores = calibrate(networks, training, calibration, recipe)
     origin = {**asdict(run), "training_images": len(training)}
     save_checkpoint(
         out / CHECKPOINT,
         Checkpoint(
-            config=recipe.model_config(),
-            encoder=encoder,
-            decoder=decoder,
-            calibration=calibrate(encoder, decoder, calibration, alpha=recipe.alpha),
+            networks=networks,
+            fusion=fusion,
+            calibration=calibration_of_scores,
             origin=origin,
             metrics={},
         ),
@@ -101,10 +106,49 @@ def split_images(dataset: Dataset, recipe: Recipe) -> Split:
     return split
 
 
-def calibrate(encoder: nn.Module, decoder: nn.Module, pixels: Tensor, *, alpha: float) -> Calibration:
-    """Score the held-out good images, uint8 (N, C, S, S)."""
-    scores = [raw_scores(encoder, decoder, chunk).scores for chunk in torch.split(pixels, SCORING_BATCH)]
-    return Calibration(scores=np.concatenate(scores), alpha=alpha)
+def calibrate(
+    networks: ScoringNetworks, training: Tensor, held_out: Tensor, recipe: Recipe
+) -> tuple[MapFusion, Calibration]:
+    """Fit what turns the networks' outputs into verdicts. Images are uint8 (N, C, S, S).
+
+    By the held-out good images: the fusion of the maps, and the scores that p-values are counted from. By synthetic
+    defects on training images: the weights of the three scores, so that the held-out images decide nothing that would
+    make them look better than the parts to come.
+    """
+    good = GoodMaps()
+    for chunk in torch.split(held_out, SCORING_BATCH):
+        good.add(outputs(networks, chunk).maps)
+    fusion, fusions_of_the_others = good.fusions()
+    scores = []
+    for image, own in zip(torch.split(held_out, 1), fusions_of_the_others, strict=True):
+        found = outputs(networks, image)
+        scores.append(table(found, own.to(found.maps.device)(found.maps)))
+    fusion = fusion.to(next(networks.parameters()).device)
+    weights = score_weights(networks, fusion, training[:WEIGHT_IMAGES], recipe)
+    return fusion, Calibration(scores=np.concatenate(scores), alpha=recipe.alpha, weights=weights)
+
+
+def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, recipe: Recipe) -> tuple[float, ...]:
+    """How much each score counts: by how far its AUROC, of synthetic defects on these good images, is above chance.
+
+    At least 0.01: synthetic defects are not all defects, and no score is to be without a say.
+    """
+    generator = torch.Generator(fusion.mean.device).manual_seed(recipe.seed)
+    found: dict[bool, list[FloatArray]] = {False: [], True: []}
+    for chunk in torch.split(pixels, SCORING_BATCH):
+        images = networks.standardisation(chunk.to(fusion.mean.device))
+        damaged, _ = corrupt(images, probability=1.0, generator=generator)
+        damaged_pixels = (255 * networks.standardisation.intensities(damaged)).round().clamp(0, 255).byte()
+        for anomalous, batch in ((False, chunk), (True, damaged_pixels)):
+            found_outputs = outputs(networks, batch)
+            found[anomalous].append(table(found_outputs, fusion(found_outputs.maps)))
+    good, bad = (np.concatenate(found[anomalous]) for anomalous in (False, True))
+    labels = np.repeat([False, True], len(good))
+    above_chance = [
+        metrics.image_auroc(labels, np.concatenate([good[:, index], bad[:, index]])) - 0.5
+        for index in range(len(SCORE_NAMES))
+    ]
+    return tuple(max(share, 0.01) for share in above_chance)
 
 
 def read_run(out: Path) -> Run | None:
@@ -135,21 +179,23 @@ def _train_and_log(state: TrainingState, recipe: Recipe, out: Path, console: Con
     _forget_steps_after(log_path, state.step)
     writer = SummaryWriter(out / "tensorboard", purge_step=state.step + 1)
     last = (state.step, time.perf_counter())
+    latest: dict[str, float] = {}  # the adversaries' losses are not those of every step
     with progress_bar(console) as bar, log_path.open("a") as log, writer:
         task = bar.add_task("training", total=recipe.steps, completed=state.step, detail="")
 
         def after_step(losses: dict[str, float]) -> None:
             nonlocal last
             step = state.step
+            latest.update(losses)
             if step % LOG_EVERY == 0 or step == recipe.steps:
                 now = time.perf_counter()
                 rate = (step - last[0]) * state.batches.batch_size / (now - last[1])
                 last = (step, now)
-                log.write(json.dumps({"step": step, "images_per_second": round(rate, 1), **losses}) + "\n")
+                log.write(json.dumps({"step": step, "images_per_second": round(rate, 1), **latest}) + "\n")
                 log.flush()
-                for name, value in losses.items():
+                for name, value in latest.items():
                     writer.add_scalar(name, value, step)
-                bar.update(task, detail=_shown(rate, losses))
+                bar.update(task, detail=_shown(rate, latest))
             if step % recipe.save_every == 0 or step == recipe.steps:
                 _write_state(out / "state.pt", state)
             bar.update(task, completed=step)

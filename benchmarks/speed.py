@@ -1,0 +1,157 @@
+"""What makes training and scoring fast, each measured beside what it replaces.
+
+    python -m benchmarks.speed [--device cuda] [--crop 128]
+
+Rows are measured in turn, several rounds, and the median is given: this says how they compare on a machine that others
+use too. Prints a table in Markdown, writes docs/benchmarks/speed-DEVICE.json.
+"""
+
+import io
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from models.calibration import Calibration
+from models.images import decode_image, image_tensor
+from models.maps import MapFusion
+from models.networks import ScoringNetworks, Standardisation, places_of
+from models.scoring import Scorer, choose_device
+from training.config import Recipe, load_recipe
+from training.loop import Batches, TrainingState, train
+
+ROUNDS = 7
+
+Measured = Callable[[], object]
+
+
+def main(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    crop: Annotated[int, typer.Option(help="Side of the training windows.")] = 128,
+    compiled: Annotated[bool, typer.Option(help="Measure torch.compile, which needs a compiler.")] = False,
+) -> None:
+    where = choose_device(device)
+    recipe = load_recipe("default", [f"crop={crop}"])
+    rows: dict[str, Measured] = {}
+    for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
+        for precision in ("float32", "bfloat16"):
+            rows[f"forward and backward, {layout}, {precision}"] = step(recipe, where, memory_format, precision, False)
+    if compiled:
+        rows["forward and backward, channels last, bfloat16, compiled"] = step(
+            recipe, where, torch.channels_last, "bfloat16", True
+        )
+    adversaries = [
+        ("adversaries in every step", replace(recipe, adversary_every=1)),
+        (f"adversaries in every {recipe.adversary_every}th step", recipe),
+        ("no adversaries", replace(recipe, latent_weight=0.0, image_weight=0.0)),
+    ]
+    rows |= {f"four training steps, {name}": training_steps(changed, where) for name, changed in adversaries}
+    rows["a batch, decoded beforehand, from memory"] = batch_from_memory(recipe, where)
+    rows["a batch, decoded from PNG each time"] = batch_from_files(recipe)
+    for count in (1, 16):
+        rows[f"scoring {count} x {recipe.image_size} pixels"] = scoring(recipe, where, count)
+
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(ROUNDS + 1):
+        for name, run in rows.items():
+            begin = time.perf_counter()
+            run()
+            if where.type == "cuda":
+                torch.cuda.synchronize()
+            if turn > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - begin)
+    milliseconds = {name: 1000 * median(values) for name, values in seconds.items()}
+    record = {
+        "device": torch.cuda.get_device_name() if where.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch": f"{recipe.batch_size} x {recipe.channels} x {crop} x {crop}",
+        "milliseconds": milliseconds,
+    }
+    path = Path(f"docs/benchmarks/speed-{where.type}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    lines = ["| what | median, ms |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in milliseconds.items()]
+    Console().print("\n".join(lines), markup=False, highlight=False)
+
+
+def step(
+    recipe: Recipe, device: torch.device, memory_format: torch.memory_format, precision: str, compiled: bool
+) -> Measured:
+    """Forward and backward through encoder, decoder and head, without an optimiser."""
+    networks = ScoringNetworks(recipe.model_config(), Standardisation()).to(device).to(memory_format=memory_format)
+    assert networks.head is not None
+    encoder, decoder, head = networks.encoder, networks.decoder, networks.head
+    if compiled:
+        for network in (encoder, decoder, head):
+            network.compile()
+    images = torch.randn(recipe.batch_size, recipe.channels, recipe.crop, recipe.crop, device=device)
+    images = images.contiguous(memory_format=memory_format)
+    places = places_of(recipe.crop, device).unsqueeze(0)
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            reconstructions = decoder(encoder(images))
+            logits = head(images, reconstructions.detach(), places)
+        (reconstructions.float().mean() + logits.float().mean()).backward()
+
+    return run
+
+
+def training_steps(recipe: Recipe, device: torch.device) -> Measured:
+    state = TrainingState(recipe, noise(64, recipe), device=device)
+
+    def run() -> None:
+        train(state, replace(recipe, steps=state.step + 4), lambda _: None)
+
+    return run
+
+
+def noise(count: int, recipe: Recipe) -> Tensor:
+    return torch.randint(256, (count, recipe.channels, recipe.image_size, recipe.image_size), dtype=torch.uint8)
+
+
+def batch_from_memory(recipe: Recipe, device: torch.device) -> Measured:
+    batches = Batches(noise(64, recipe).to(device), batch_size=recipe.batch_size, crop=recipe.crop, seed=0)
+    return batches.next
+
+
+def batch_from_files(recipe: Recipe) -> Measured:
+    """What a loader would do that keeps files instead of pixels."""
+    files = []
+    for pixels in noise(recipe.batch_size, recipe):
+        file = io.BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+        files.append(file.getvalue())
+
+    def run() -> None:
+        for data in files:
+            image_tensor(decode_image(data), channels=recipe.channels, size=recipe.image_size)
+
+    return run
+
+
+def scoring(recipe: Recipe, device: torch.device, count: int) -> Measured:
+    """From pixels to verdicts, in float32, as the service does."""
+    networks = ScoringNetworks(recipe.model_config(), Standardisation()).eval().to(device)
+    flat = torch.zeros(2, 64, 64)
+    fusion = MapFusion(flat, flat + 1, torch.zeros(4), torch.ones(4)).to(device)
+    scorer = Scorer(networks, fusion, Calibration(scores=np.random.default_rng(0).normal(size=(19, 3)), alpha=0.05))
+    pixels = noise(count, recipe)
+    return lambda: scorer.score(pixels)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,155 @@
+"""The anomaly map: from an image, its reconstruction and the segmentation head's logits to one height per pixel.
+
+Two component maps, each seen twice: as it is, and compared with the same place on good images. What is usual at a
+place, an edge that is never rebuilt or a screw that shines, is no anomaly there.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GRADIENT_SCALES = 3
+# Zavrtanik et al., RIAD (Pattern Recognition 2021): keeps the ratio steady where both images are flat.
+GRADIENT_CONSTANT = 0.0026
+# Places are compared in this many cells per side: a part does not lie on the same pixel twice.
+CELLS = 64
+# EfficientAD (Batzner et al., arXiv 2303.14535, section 3.4): these quantiles of good pixels become 0 and 1.
+LOW, HIGH = 0.9, 0.995
+# What the residual and the head count for. By synthetic defects on held-out images the head is worth more; the residual
+# does not depend on what synthetic defects look like.
+COMPONENT_WEIGHTS = (1.0, 2.0)
+
+
+def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
+    """How alike the edges of two images are, per pixel: standardised (B, C, S, S) -> (B, 1, S, S) in (0, 1].
+
+    Xue et al., Gradient Magnitude Similarity Deviation, arXiv 1308.3052, equation 4, on the gray images with the
+    Prewitt operator. Standardised images are halved: to the deviation of a well-exposed one with intensities in [0, 1].
+    """
+    first, second = _gradient_magnitude(images), _gradient_magnitude(others)
+    return (2 * first * second + GRADIENT_CONSTANT) / (first**2 + second**2 + GRADIENT_CONSTANT)
+
+
+def _gradient_magnitude(images: Tensor) -> Tensor:
+    gray = images.mean(dim=1, keepdim=True) / 2  # (B, 1, S, S)
+    rows = gray.new_tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]]) / 3
+    kernels = torch.stack([rows, rows.T]).unsqueeze(1)  # (2, 1, 3, 3)
+    # Replicated borders: zeros outside would draw an edge around every image.
+    slopes = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, S, S)
+    # The root's slope is infinite at zero; the constant is far below one gray level.
+    return (slopes.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
+
+
+def residual_map(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Where an image differs from its reconstruction: standardised (B, C, S, S) -> (B, 1, S, S), not negative.
+
+    Half the mean absolute difference, plus the mean over scales of 1 - gradient magnitude similarity, in [0, 1): the
+    first sees colour and missing material, the second fine structure.
+    """
+    difference = (images - reconstructions).abs().mean(dim=1, keepdim=True) / 2  # (B, 1, S, S)
+    size = images.shape[-1]
+    for scale in range(GRADIENT_SCALES):
+        if scale > 0:
+            images, reconstructions = F.avg_pool2d(images, 2), F.avg_pool2d(reconstructions, 2)
+        # In float32 a similarity can round to just above one.
+        change = (1 - gradient_magnitude_similarity(images, reconstructions)).clamp(min=0)
+        change = F.interpolate(change, size=(size, size), mode="bilinear", align_corners=False)
+        difference = difference + change / GRADIENT_SCALES
+    return difference
+
+
+def component_maps(images: Tensor, reconstructions: Tensor, logits: Tensor | None, *, sigma: float) -> Tensor:
+    """(B, K, S, S): the residual and, if there is a head (K = 2), its logits.
+
+    Smoothed by a Gaussian of `sigma` pixels, because a defect is larger than a pixel and a mislaid edge is not.
+    """
+    residual = residual_map(images, reconstructions)
+    maps = residual if logits is None else torch.cat([residual, logits], dim=1)
+    return smooth(maps, sigma=sigma)
+
+
+def smooth(maps: Tensor, *, sigma: float) -> Tensor:
+    """Separable Gaussian blur of (B, K, S, S), borders replicated."""
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    weights = weights / weights.sum()
+    batch, components, *size = maps.shape
+    flat = F.pad(maps.reshape(batch * components, 1, *size), (radius, radius, radius, radius), mode="replicate")
+    flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    return flat.reshape(batch, components, *size)
+
+
+class MapFusion(nn.Module):
+    """Component maps (B, K, S, S) -> anomaly maps (B, S, S), not negative.
+
+    Each component enters as it is and in deviations from the mean of good images at its place; each of these 2 K maps
+    is scaled so that the quantiles LOW and HIGH of good pixels are 0 and 1. The anomaly map is the softplus of their
+    weighted mean: a smooth way to keep it from being negative that changes no order.
+    """
+
+    def __init__(self, mean: Tensor, deviation: Tensor, low: Tensor, high: Tensor) -> None:
+        """mean, deviation: of good maps, by place, (K, G, G). low, high: (2 K,)."""
+        super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.low: Tensor
+        self.high: Tensor
+        for name, value in (("mean", mean), ("deviation", deviation), ("low", low), ("high", high)):
+            self.register_buffer(name, value.float())
+
+    def forward(self, maps: Tensor) -> Tensor:
+        size = maps.shape[2:]
+        mean, deviation = (
+            F.interpolate(by_place.unsqueeze(0), size=size, mode="bilinear", align_corners=False)
+            for by_place in (self.mean, self.deviation)
+        )
+        views = torch.cat([maps, (maps - mean) / deviation], dim=1)  # (B, 2 K, S, S)
+        low, high = self.low.view(1, -1, 1, 1), self.high.view(1, -1, 1, 1)
+        weights = maps.new_tensor(2 * COMPONENT_WEIGHTS[: maps.shape[1]]).view(1, -1, 1, 1)
+        return F.softplus(((views - low) / (high - low) * weights).sum(dim=1) / weights.sum())
+
+
+class GoodMaps:
+    """What the fusion is made from: of n held-out good images, the moments of each cell of each component map."""
+
+    def __init__(self) -> None:
+        self._moments: list[Tensor] = []  # (B, 3, K, G, G): mean, mean square, the pixel in the middle
+
+    def add(self, maps: Tensor) -> None:
+        """maps: (B, K, S, S)."""
+        maps = maps.double()
+        cells = min(CELLS, maps.shape[-1])
+        mean, square = F.adaptive_avg_pool2d(maps, cells), F.adaptive_avg_pool2d(maps.square(), cells)
+        middle = F.interpolate(maps, size=(cells, cells), mode="nearest-exact")
+        self._moments.append(torch.stack([mean, square, middle], dim=1).cpu())
+
+    def fusions(self) -> tuple[MapFusion, list[MapFusion]]:
+        """The fusion of all images, and for each image the fusion of the others.
+
+        A part that is scored later took no part in the means; a good image that did would look too usual.
+        """
+        moments = torch.cat(self._moments)  # (n, 3, K, G, G)
+        total, count = moments[:, :2].sum(dim=0), len(moments)
+        places = [_place(*((total - own[:2]) / (count - 1))) for own in moments]
+        samples = [
+            torch.cat([own[2], (own[2] - mean) / deviation]).flatten(1)
+            for own, (mean, deviation) in zip(moments, places, strict=True)
+        ]
+        values = torch.cat(samples, dim=1).numpy()  # (2 K, n G G)
+        low, high = (torch.from_numpy(np.quantile(values, share, axis=1)) for share in (LOW, HIGH))
+        # Maps of images that are all alike have no range. Relative too, so that float32 tells the ends apart.
+        high = torch.maximum(high, low + 1e-6 * (1 + low.abs()))
+        whole = MapFusion(*_place(*(total / count)), low, high)
+        return whole, [MapFusion(mean, deviation, low, high) for mean, deviation in places]
+
+
+def _place(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation by place, (K, G, G). Where a map hardly varies, as on a black background, the mean deviation
+    of the whole map keeps the least change from counting as many deviations."""
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
+    floor = deviation.mean(dim=(1, 2), keepdim=True)
+    return mean, (deviation + floor).clamp(min=1e-6)
