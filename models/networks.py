@@ -206,7 +206,7 @@ class ScoringNetworks(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = SegmentationHead(config) if config.head_width else None
-        # Convolutions on CPUs and on tensor cores want the channels of a pixel side by side: three times as fast.
+        # Convolutions on CPUs and on tensor cores want the channels of a pixel side by side: a quarter less time.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
