@@ -59,7 +59,7 @@ def main(
     damage = seconds_to_damage(recipe, calls)
     round_of_steps = seconds_of_a_round(recipe, rounds)
     share = damages_in_a_round(recipe) * damage / round_of_steps
-    batch = (recipe.batch_size, recipe.channels, window_size(recipe), window_size(recipe))
+    batch = (recipe.batch_size, recipe.channels, recipe.window, recipe.window)
     record = {
         "command": f"python -m benchmarks.corruption --calls {calls} --rounds {rounds}",
         "batch": batch,
@@ -94,7 +94,7 @@ def sheet(pixels: Tensor, recipe: Recipe, *, seed: int) -> Image.Image:
     """Rows of windows as the training sees them, each with its defect and, to the right, its shape or its mask."""
     standardisation = standardisation_of(pixels)
     repeated = pixels[torch.arange(PARTS) % len(pixels)]  # a small folder: other windows of the same parts
-    batches = Batches(repeated, batch_size=PARTS, crop=window_size(recipe), seed=seed)
+    batches = Batches(repeated, batch_size=PARTS, crop=recipe.window, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     rows: list[tuple[str, list[Tensor]]] = []
     for name, filling in FILLINGS.items():
@@ -107,11 +107,11 @@ def sheet(pixels: Tensor, recipe: Recipe, *, seed: int) -> Image.Image:
         windows = standardisation(batches.next()[0])
         damaged, masks = corrupt(windows, probability=recipe.corruption, generator=generator)
         rows.append((name, in_pairs(telling(windows, damaged, masks), damaged, masks, standardisation)))
-    drawn = shapes(Draws(8 * PARTS, generator), window_size(recipe))
+    drawn = shapes(Draws(8 * PARTS, generator), recipe.window)
     large_enough = (drawn.mean(dim=(1, 2, 3)) > 0.005).nonzero().flatten().tolist()
     for name, first in (("shapes", 0), ("", 2 * PAIRS)):
         rows.append((name, [drawn[index] for index in large_enough[first : first + 2 * PAIRS]]))
-    return laid_out(rows, size=window_size(recipe))
+    return laid_out(rows, size=recipe.window)
 
 
 def telling(windows: Tensor, damaged: Tensor, where: Tensor) -> list[int]:
@@ -145,10 +145,6 @@ def laid_out(rows: list[tuple[str, list[Tensor]]], *, size: int) -> Image.Image:
 # How long
 
 
-def window_size(recipe: Recipe) -> int:
-    return recipe.crop or recipe.model_config().side
-
-
 def damages_in_a_round(recipe: Recipe) -> int:
     """How many batches are damaged from one step with adversaries to the next: as training.loop.train does."""
     critics = recipe.latent_n_critic * bool(recipe.latent_weight) + recipe.image_n_critic * bool(recipe.image_weight)
@@ -157,7 +153,7 @@ def damages_in_a_round(recipe: Recipe) -> int:
 
 def seconds_to_damage(recipe: Recipe, calls: int) -> float:
     """The median."""
-    size = window_size(recipe)
+    size = recipe.window
     generator = torch.Generator().manual_seed(recipe.seed)
     images = 0.5 * torch.randn((recipe.batch_size, recipe.channels, size, size), generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)  # as training.loop has them

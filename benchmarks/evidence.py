@@ -24,9 +24,8 @@ from torch import Tensor
 from models.checkpoint import load_checkpoint
 from models.images import decode_image, image_tensor
 from models.scoring import MapArray, Scorer
-from training.config import Recipe
 from training.data import GOOD, load_images, load_mask, read_dataset
-from training.run import split_images
+from training.run import recipe_of, split_images
 
 RESULTS = Path("docs/benchmarks/evidence.json")
 TOP = 0.002  # share of pixels that are shown
@@ -52,7 +51,7 @@ def main(
 
 def measure(data: Path, run: Path, pictures: Path) -> dict[str, Any]:
     scorer = load_checkpoint(run / "checkpoint").scorer(torch.device("cpu"))
-    recipe = Recipe(**json.loads((run / "run.json").read_text())["recipe"])
+    recipe = recipe_of(run)
     dataset = read_dataset(data)
     size = recipe.image_size
     good = load_images(split_images(dataset, recipe).training, channels=recipe.channels, size=size)

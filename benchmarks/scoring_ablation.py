@@ -28,7 +28,7 @@ from models.scoring import MapArray, Outputs, outputs, resize_map, table
 from training import metrics
 from training.config import Recipe
 from training.data import load_images, load_mask, read_dataset
-from training.run import split_images
+from training.run import recipe_of, split_images
 
 RESULTS = Path("docs/benchmarks/scoring-ablation.json")
 CHUNK = 16
@@ -65,14 +65,8 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """Of the images of one folder: what the networks gave. Maps: residual, head, and the plain difference."""
-
-    outputs: list[Outputs]
-
-    def chosen(self, variant: Variant) -> list[Outputs]:
-        return [replace(found, maps=variant.components(found.maps)) for found in self.outputs]
+def chosen(found: list[Outputs], variant: Variant) -> list[Outputs]:
+    return [replace(one, maps=variant.components(one.maps)) for one in found]
 
 
 def main(
@@ -90,7 +84,7 @@ def main(
 
 def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     checkpoint = load_checkpoint(run / "checkpoint")
-    recipe = Recipe(**json.loads((run / "run.json").read_text())["recipe"])
+    recipe = recipe_of(run)
     dataset = read_dataset(data)
     held_out = score(checkpoint.networks, split_images(dataset, recipe).calibration, recipe)
     test = score(checkpoint.networks, [image.path for image in dataset.test], recipe)
@@ -102,9 +96,9 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     rows = []
     for name, variant in VARIANTS.items():
         weights = variant.weights or checkpoint.calibration.weights
-        calibration, fusion = calibrated(held_out.chosen(variant), variant, recipe.alpha, weights)
+        calibration, fusion = calibrated(chosen(held_out, variant), variant, recipe.alpha, weights)
         scores, maps = [], []
-        for found in test.chosen(variant):
+        for found in chosen(test, variant):
             fused = fusion(found.maps)
             scores.append(table(found, fused))
             maps += list(fused.numpy())
@@ -123,7 +117,8 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def score(networks: ScoringNetworks, paths: list[Path], recipe: Recipe) -> Scored:
+def score(networks: ScoringNetworks, paths: list[Path], recipe: Recipe) -> list[Outputs]:
+    """What the networks give. Maps: residual, head, and the plain difference."""
     found = []
     for start in range(0, len(paths), CHUNK):
         pixels = load_images(paths[start : start + CHUNK], channels=recipe.channels, size=recipe.image_size)
@@ -133,7 +128,7 @@ def score(networks: ScoringNetworks, paths: list[Path], recipe: Recipe) -> Score
         difference = (images - rebuilt).abs().mean(dim=1, keepdim=True) / 2
         plain = smooth(difference, sigma=networks.config.side / 64)
         found.append(replace(one, maps=torch.cat([one.maps, plain], dim=1), reconstructions=images[:, :0]))
-    return Scored(found)
+    return found
 
 
 def size_of(path: Path) -> tuple[int, int]:

@@ -96,6 +96,11 @@ class Recipe:
         _check("calibration_fraction", fraction, 0 < fraction <= 0.5, "more than 0, up to 0.5")
         _check("alpha", self.alpha, 0 < self.alpha < 1, "more than 0, less than 1")
 
+    @property
+    def window(self) -> int:
+        """Pixels on each side of what training shows."""
+        return self.crop or self.model_config().side
+
     def model_config(self) -> ModelConfig:
         return ModelConfig(
             image_size=self.image_size,

@@ -87,8 +87,7 @@ class TrainingState:
         self.optimizer = torch.optim.Adam(self.networks.parameters(), betas=BETAS)
         self.latent_optimizer = torch.optim.Adam(self.latent_discriminator.parameters(), betas=ADVERSARY_BETAS)
         self.image_optimizer = torch.optim.Adam(self.image_discriminator.parameters(), betas=ADVERSARY_BETAS)
-        crop = recipe.crop or config.side
-        self.batches = Batches(pixels.to(device), batch_size=recipe.batch_size, crop=crop, seed=recipe.seed)
+        self.batches = Batches(pixels.to(device), batch_size=recipe.batch_size, crop=recipe.window, seed=recipe.seed)
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
         self.autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=recipe.mixed_precision and computes_bfloat16(device)
@@ -164,9 +163,7 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
 
 def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Tell codes from draws of the prior."""
-    images, _ = _images(state, recipe)
-    damaged, _ = corrupt(images, probability=recipe.corruption, generator=state.generator)
-    state.networks.train()
+    _, damaged, _, _ = _damaged(state, recipe)
     with torch.no_grad(), state.autocast:
         codes = state.networks.encoder(damaged).float()
     return _discriminator_step(
@@ -187,9 +184,7 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
     Patches with a synthetic defect are fakes too: what the discriminator learns of defects it passes on to the decoder
     (OCR-GAN, arXiv 2203.00259, section 3.3).
     """
-    images, _ = _images(state, recipe)
-    damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
-    state.networks.train()
+    _, damaged, masks, _ = _damaged(state, recipe)
     with torch.no_grad(), state.autocast:
         codes = state.networks.encoder(damaged)
         fake = _fakes(codes, state.networks.decoder(codes), state)
@@ -245,9 +240,7 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
 
     latent, image: whether that discriminator takes part.
     """
-    images, places = _images(state, recipe)
-    damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
-    state.networks.train()
+    images, damaged, masks, places = _damaged(state, recipe)
     with state.autocast:
         codes, reconstructions, logits = state.networks(damaged, places)
     codes, reconstructions = codes.float(), reconstructions.float()
@@ -281,6 +274,17 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
     return losses
+
+
+def _damaged(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The next images (B, C, W, W), the same with synthetic defects, the defects' masks, and the places of the pixels.
+
+    What is done with them is training: the networks that see them are put into train mode.
+    """
+    images, places = _images(state, recipe)
+    damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
+    state.networks.train()
+    return images, damaged, masks, places
 
 
 def _images(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from models.maps import GoodMaps, MapFusion
 from models.networks import ScoringNetworks
 from models.scoring import outputs, table
 from training import metrics
-from training.config import Recipe
+from training.config import Recipe, recipe_from_dict
 from training.corruption import corrupt
 from training.data import Dataset, Split, load_images, read_dataset, split_good_images
 from training.loop import TrainingState, scoring_networks, train
@@ -149,6 +149,14 @@ def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, 
         for index in range(len(SCORE_NAMES))
     ]
     return tuple(max(share, 0.01) for share in above_chance)
+
+
+def recipe_of(out: Path) -> Recipe:
+    """The recipe of the run in a folder. Raises TrainingError if there is none."""
+    run = read_run(out)
+    if run is None:
+        raise TrainingError(f"there is no run in {out}.")
+    return recipe_from_dict(run.recipe)
 
 
 def read_run(out: Path) -> Run | None:
