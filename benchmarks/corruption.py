@@ -27,7 +27,7 @@ from torch import Tensor
 from models.images import image_tensor
 from models.networks import Standardisation
 from training.config import Recipe, load_recipe
-from training.corruption import VISIBLE, Draws, altered, blurred, corrupt, moved, painted, shapes
+from training.corruption import VISIBLE, Draws, altered, corrupt, moved, painted, relit, roughened, shapes
 from training.data import load_images, read_dataset
 from training.demo import draw_part
 from training.loop import Batches, TrainingState, standardisation_of, train
@@ -39,9 +39,9 @@ PAIRS = 4  # in a row of the sheet: a window with a defect, and where it is
 LABEL, GAP = 88, 4  # pixels: the width of a row's name, and the space between windows
 FILLINGS: dict[str, Callable[[Tensor, Draws], Tensor]] = {
     "painted": painted,
-    "moved": lambda images, draws: moved(images, images.roll(1, dims=0), draws),
+    "moved": lambda images, draws: relit(moved(images, images.roll(1, dims=0), draws), images, draws),
     "altered": altered,
-    "blurred": lambda images, _: blurred(images),
+    "roughened": roughened,
 }
 
 

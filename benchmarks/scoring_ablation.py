@@ -39,7 +39,7 @@ FIGURES = ("image AUROC", "pixel AUROC", "AUPRO@0.3", "false alarms at 0.05")
 class Variant:
     """How the component maps are chosen, how they are fused, and what the three scores count for (None: as trained)."""
 
-    components: Callable[[Tensor], Tensor] = lambda maps: maps[:, :2]
+    components: Callable[[Tensor], Tensor] = lambda maps: maps[:, :-1]
     fusion: Callable[[MapFusion], MapFusion] = lambda fusion: fusion
     weights: tuple[float, float, float] | None = None
 
@@ -52,11 +52,24 @@ def without_places(fusion: MapFusion) -> MapFusion:
     return MapFusion(mean, deviation, fusion.low, fusion.high)
 
 
+def without(components: slice) -> Callable[[Tensor], Tensor]:
+    """These component maps are 0 everywhere, so that each of the others keeps its place and its weight."""
+
+    def chosen_maps(maps: Tensor) -> Tensor:
+        maps = maps[:, :-1].clone()
+        maps[:, components] = 0
+        return maps
+
+    return chosen_maps
+
+
 VARIANTS = {
     "whole": Variant(),
     "without the head: the residual alone": Variant(components=lambda maps: maps[:, :1]),
-    "without the residual: the head alone": Variant(components=lambda maps: maps[:, 1:2]),
-    "without the gradient residual": Variant(components=lambda maps: maps[:, [2, 1]]),
+    "without the residual": Variant(components=without(slice(0, 1))),
+    "without the head's logits": Variant(components=without(slice(1, 2))),
+    "without the distances of its features": Variant(components=without(slice(2, None))),
+    "without the gradient residual": Variant(components=lambda maps: torch.cat([maps[:, -1:], maps[:, 1:-1]], dim=1)),
     "without comparison by place": Variant(fusion=without_places),
     "without fusion: the map alone": Variant(weights=(0, 0, 1)),
     "without fusion: the reconstruction score alone": Variant(weights=(1, 0, 0)),
@@ -86,7 +99,8 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     checkpoint = load_checkpoint(run / "checkpoint")
     recipe = recipe_of(run)
     dataset = read_dataset(data)
-    held_out = score(checkpoint.networks, split_images(dataset, recipe).calibration, recipe)
+    split = split_images(dataset, recipe)
+    held_out = score(checkpoint.networks, split.calibration, recipe)
     test = score(checkpoint.networks, [image.path for image in dataset.test], recipe)
     labels = np.array([image.defect != "good" for image in dataset.test])
     masks = []
@@ -96,7 +110,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     rows = []
     for name, variant in VARIANTS.items():
         weights = variant.weights or checkpoint.calibration.weights
-        calibration, fusion = calibrated(chosen(held_out, variant), variant, recipe.alpha, weights)
+        calibration, fusion = calibrated(chosen(held_out, variant), split.parts, variant, recipe.alpha, weights)
         scores, maps = [], []
         for found in chosen(test, variant):
             fused = fusion(found.maps)
@@ -118,7 +132,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
 
 
 def score(networks: ScoringNetworks, paths: list[Path], recipe: Recipe) -> list[Outputs]:
-    """What the networks give. Maps: residual, head, and the plain difference."""
+    """What the networks give. Maps: the components, and then the plain difference."""
     found = []
     for start in range(0, len(paths), CHUNK):
         pixels = load_images(paths[start : start + CHUNK], channels=recipe.channels, size=recipe.image_size)
@@ -136,20 +150,20 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def calibrated(
-    held_out: list[Outputs], variant: Variant, alpha: float, weights: tuple[float, ...]
+    held_out: list[Outputs], parts: list[int], variant: Variant, alpha: float, weights: tuple[float, ...]
 ) -> tuple[Calibration, MapFusion]:
     good = GoodMaps()
     for found in held_out:
         good.add(found.maps)
-    fusion, others = good.fusions()
+    fusion, others = good.fusions(parts)
     scores: list[FloatArray] = []
-    singles = [one for found in held_out for one in split(found)]
+    singles = [one for found in held_out for one in singly(found)]
     for own, one in zip(others, singles, strict=True):
         scores.append(table(one, variant.fusion(own)(one.maps)))
     return Calibration(scores=np.concatenate(scores), alpha=alpha, weights=weights), variant.fusion(fusion)
 
 
-def split(found: Outputs) -> list[Outputs]:
+def singly(found: Outputs) -> list[Outputs]:
     parts = (found.reconstruction, found.latent, found.maps, found.reconstructions)
     return [Outputs(*(part[i : i + 1] for part in parts)) for i in range(len(found.maps))]
 

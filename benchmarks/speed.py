@@ -104,7 +104,7 @@ def step(
     def run() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             reconstructions = decoder(encoder(images))
-            logits = head(images, reconstructions.detach(), places)
+            logits, _ = head(images, reconstructions.detach(), places)
         (reconstructions.float().mean() + logits.float().mean()).backward()
 
     return run
@@ -146,8 +146,9 @@ def batch_from_files(recipe: Recipe) -> Measured:
 def scoring(recipe: Recipe, device: torch.device, count: int) -> Measured:
     """From pixels to verdicts, in float32, as the service does."""
     networks = ScoringNetworks(recipe.model_config(), Standardisation()).eval().to(device)
-    flat = torch.zeros(2, 64, 64)
-    fusion = MapFusion(flat, flat + 1, torch.zeros(4), torch.ones(4)).to(device)
+    components = 1 + networks.evidence_maps
+    flat = torch.zeros(components, 64, 64)
+    fusion = MapFusion(flat, flat + 1, torch.zeros(2 * components), torch.ones(2 * components)).to(device)
     scorer = Scorer(networks, fusion, Calibration(scores=np.random.default_rng(0).normal(size=(19, 3)), alpha=0.05))
     pixels = noise(count, recipe)
     return lambda: scorer.score(pixels)

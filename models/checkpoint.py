@@ -31,7 +31,7 @@ from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS_FILE = "model.safetensors"
 RECORD_FILE = "model.json"
 FIELDS = {
@@ -177,7 +177,7 @@ def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, M
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")
     # Of another number some broadcast: the scores would be wrong, and nothing would say so.
-    components = 1 if networks.head is None else 2
+    components = 1 + networks.evidence_maps
     shapes = [tuple(value.shape) for value in (fusion.mean, fusion.deviation, fusion.low, fusion.high)]
     place, ends = (components, *fusion.mean.shape[1:]), (2 * components,)
     if fusion.mean.ndim != 3 or shapes != [place, place, ends, ends]:

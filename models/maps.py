@@ -18,9 +18,10 @@ GRADIENT_CONSTANT = 0.0026
 CELLS = 64
 # EfficientAD (Batzner et al., arXiv 2303.14535, section 3.4): these quantiles of good pixels become 0 and 1.
 LOW, HIGH = 0.9, 0.995
-# What the residual and the head count for. By synthetic defects on held-out images the head is worth more; the residual
-# does not depend on what synthetic defects look like.
-COMPONENT_WEIGHTS = (1.0, 2.0)
+# What the residual, the head's logits and the distances of its features on up to three levels count for. By synthetic
+# defects on held-out images the logits are worth more than the residual; the others do not depend on what those look
+# like.
+COMPONENT_WEIGHTS = (1.0, 2.0, 2 / 3, 2 / 3, 2 / 3)
 
 
 def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
@@ -61,14 +62,12 @@ def residual_map(images: Tensor, reconstructions: Tensor) -> Tensor:
     return difference
 
 
-def component_maps(images: Tensor, reconstructions: Tensor, logits: Tensor | None, *, sigma: float) -> Tensor:
-    """(B, K, S, S): the residual and, if there is a head (K = 2), its logits.
+def component_maps(images: Tensor, reconstructions: Tensor, evidence: Tensor, *, sigma: float) -> Tensor:
+    """The residual and, if there is a head, the maps of its evidence (B, K - 1, S, S): (B, K, S, S).
 
     Smoothed by a Gaussian of `sigma` pixels, because a defect is larger than a pixel and a mislaid edge is not.
     """
-    residual = residual_map(images, reconstructions)
-    maps = residual if logits is None else torch.cat([residual, logits], dim=1)
-    return smooth(maps, sigma=sigma)
+    return smooth(torch.cat([residual_map(images, reconstructions), evidence], dim=1), sigma=sigma)
 
 
 def smooth(maps: Tensor, *, sigma: float) -> Tensor:
@@ -127,14 +126,21 @@ class GoodMaps:
         middle = F.interpolate(maps, size=(cells, cells), mode="nearest-exact")
         self._moments.append(torch.stack([mean, square, middle], dim=1).cpu())
 
-    def fusions(self) -> tuple[MapFusion, list[MapFusion]]:
-        """The fusion of all images, and for each image the fusion of the others.
+    def fusions(self, parts: list[int] | None = None) -> tuple[MapFusion, list[MapFusion]]:
+        """The fusion of all images, and for each image the fusion of those that show other parts.
 
-        A part that is scored later took no part in the means; a good image that did would look too usual.
+        A part that is scored later took no part in the means; a good image that did would look too usual, and so would
+        another picture of the same part.
+
+        parts: a number for each image, the same for pictures of one part; None: no part is shown twice.
         """
         moments = torch.cat(self._moments)  # (n, 3, K, G, G)
-        total, count = moments[:, :2].sum(dim=0), len(moments)
-        places = [_place(*((total - own[:2]) / (count - 1))) for own in moments]
+        numbers = torch.from_numpy(np.unique(parts or range(len(moments)), return_inverse=True)[1])
+        sums = torch.zeros_like(moments[: int(numbers.max()) + 1, :2]).index_add(0, numbers, moments[:, :2])
+        counts = numbers.bincount().view(-1, 1, 1, 1, 1)
+        total, count = sums.sum(dim=0), len(moments)
+        without = (total - sums) / (count - counts)  # (parts, 2, K, G, G)
+        places = [_place(*without[number]) for number in numbers]
         samples = [
             torch.cat([own[2], (own[2] - mean) / deviation]).flatten(1)
             for own, (mean, deviation) in zip(moments, places, strict=True)

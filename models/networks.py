@@ -10,12 +10,49 @@ tile, and the map would be high there on good parts.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig, NormPosition
+from models.density import FeatureDistance
+
+
+class _ReplicatedBorders(torch.autograd.Function):
+    """One more pixel on every side, as its neighbour: (B, C, H, W) -> (B, C, H + 2, W + 2).
+
+    F.pad does the same, but on a CPU it takes half as long as the convolutions that it serves, mostly in its gradient.
+    """
+
+    @staticmethod
+    def forward(_: Any, inputs: Tensor) -> Tensor:
+        batch, channels, height, width = inputs.shape
+        shape = batch, channels, height + 2, width + 2
+        padded = torch.empty(shape, dtype=inputs.dtype, device=inputs.device, memory_format=torch.channels_last)
+        padded[:, :, 1:-1, 1:-1] = inputs
+        padded[:, :, 0, 1:-1], padded[:, :, -1, 1:-1] = inputs[:, :, 0], inputs[:, :, -1]
+        padded[..., 0], padded[..., -1] = padded[..., 1], padded[..., -2]
+        return padded
+
+    @staticmethod
+    def backward(_: Any, gradients: Tensor) -> Tensor:
+        # First the columns are folded back onto their neighbours, then the rows: a corner goes both ways.
+        columns = gradients[..., 1:-1].clone(memory_format=torch.channels_last)
+        columns[..., 0] += gradients[..., 0]
+        columns[..., -1] += gradients[..., -1]
+        columns[:, :, 1] += columns[:, :, 0]
+        columns[:, :, -2] += columns[:, :, -1]
+        return columns[:, :, 1:-1]
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that replicates the borders by one pixel: its own padding stays 0."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        padded: Tensor = _ReplicatedBorders.apply(inputs)
+        return super().forward(padded)
 
 
 def _normalised(channels: int, activation: nn.Module, position: NormPosition) -> list[nn.Module]:
@@ -31,8 +68,8 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         channels = config.channels
         for width in config.stage_widths:
-            layers.append(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1, padding_mode="replicate"))
-            layers += _normalised(width, nn.LeakyReLU(0.2), config.batch_norm)
+            layers.append(Convolution(channels, width, kernel_size=4, stride=2))
+            layers += _normalised(width, nn.LeakyReLU(0.2, inplace=True), config.batch_norm)
             channels = width
         # A vector sees the whole map at once, a cell of a grid only its own place.
         kernel = config.bottleneck_side if config.latent == "vector" else 1
@@ -52,14 +89,14 @@ class Decoder(nn.Module):
         widths = config.stage_widths[::-1]
         kernel = config.bottleneck_side if config.latent == "vector" else 1
         layers: list[nn.Module] = [nn.ConvTranspose2d(config.latent_dim, widths[0], kernel_size=kernel)]
-        layers += _normalised(widths[0], nn.ReLU(), config.batch_norm)
+        layers += _normalised(widths[0], nn.ReLU(inplace=True), config.batch_norm)
         for width, next_width in pairwise(widths):
             layers.append(nn.Upsample(scale_factor=2))
-            layers.append(nn.Conv2d(width, next_width, kernel_size=3, padding=1, padding_mode="replicate"))
-            layers += _normalised(next_width, nn.ReLU(), config.batch_norm)
+            layers.append(Convolution(width, next_width, kernel_size=3))
+            layers += _normalised(next_width, nn.ReLU(inplace=True), config.batch_norm)
         # The last doubling by pixel shuffle (Shi et al., arXiv 1609.05158): a feature map at full size would take half
         # of the decoder's time.
-        layers.append(nn.Conv2d(widths[-1], 4 * config.channels, kernel_size=3, padding=1, padding_mode="replicate"))
+        layers.append(Convolution(widths[-1], 4 * config.channels, kernel_size=3))
         layers.append(nn.PixelShuffle(2))
         self.layers = nn.Sequential(*layers)
 
@@ -119,7 +156,7 @@ class ImageDiscriminator(nn.Module):
 
 class SegmentationHead(nn.Module):
     """(images, reconstructions), each (B, C, H, W), and places (B, 2, H, W) -> one logit per pixel (B, 1, H, W): high
-    on a defect.
+    on a defect; and the features that they are made from, one (B, C, H / stride, W / stride) for each of STRIDES.
 
     DRAEM's discriminative network (Zavrtanik et al., arXiv 2108.07610), a U-Net (Ronneberger et al., arXiv
     1505.04597), made small: it starts and ends at half the resolution, and adds its skip connections where the
@@ -127,11 +164,11 @@ class SegmentationHead(nn.Module):
     side of a part may be a defect on the other.
     """
 
-    LEVELS = 3
+    STRIDES = (4, 8, 16)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        widths = [config.head_width * min(2**level, 4) for level in range(self.LEVELS + 1)]
+        widths = [config.head_width, *self.feature_widths(config)]
         # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter.
         inputs = (2 * config.channels + 2) * 4
         self.first = nn.Sequential(*_convolution(inputs, widths[0]), *_convolution(widths[0], widths[0]))
@@ -146,24 +183,29 @@ class SegmentationHead(nn.Module):
         assert self.last.bias is not None
         nn.init.constant_(self.last.bias, -3.0)
 
-    def forward(self, images: Tensor, reconstructions: Tensor, places: Tensor) -> Tensor:
+    @classmethod
+    def feature_widths(cls, config: ModelConfig) -> list[int]:
+        """Channels of the features."""
+        return [config.head_width * min(stride // 2, 4) for stride in cls.STRIDES]
+
+    def forward(self, images: Tensor, reconstructions: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor]]:
         inputs = torch.cat([images, reconstructions, places.expand(len(images), -1, -1, -1)], dim=1)
         features = self.first(F.pixel_unshuffle(inputs, 2))  # (B, w, H/2, W/2)
-        finer = []
+        pyramid = [features]
         for down in self.down:
-            finer.append(features)
-            features = down(features)
-        for across, up in zip(reversed(self.across), reversed(self.up), strict=True):
-            features = up(F.interpolate(across(features), scale_factor=2) + finer.pop())
+            pyramid.append(down(pyramid[-1]))
+        features = pyramid[-1]
+        for finer, across, up in reversed(list(zip(pyramid, self.across, self.up, strict=False))):
+            features = up(F.interpolate(across(features), scale_factor=2) + finer)
         logits: Tensor = F.pixel_shuffle(self.last(features), 2)
-        return logits
+        return logits, pyramid[1:]
 
 
 def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
     return [
-        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, padding_mode="replicate", bias=False),
+        Convolution(inputs, outputs, kernel_size=3, bias=False),
         nn.BatchNorm2d(outputs),
-        nn.LeakyReLU(0.1),
+        nn.LeakyReLU(0.1, inplace=True),
     ]
 
 
@@ -206,11 +248,18 @@ class ScoringNetworks(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = SegmentationHead(config) if config.head_width else None
+        # With cells up to a sixteenth of what the networks see: larger ones say too little of where a defect is.
+        self.distances = nn.ModuleList(
+            FeatureDistance(width, config.image_size // stride)
+            for stride, width in zip(SegmentationHead.STRIDES, SegmentationHead.feature_widths(config), strict=True)
+            if self.head and stride <= config.side // 16
+        )
         # Convolutions on CPUs and on tensor cores want the channels of a pixel side by side: a quarter less time.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes (B, D, G, G), reconstructions (B, C, H, W) and the head's logits (B, 1, H, W) of standardised images.
+    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """Codes (B, D, G, G), reconstructions (B, C, H, W), the head's logits (B, 1, H, W) and its features, of
+        standardised images.
 
         places: (B or 1, 2, H, W), of `places_of`, where the pixels lie in the whole image.
 
@@ -219,8 +268,35 @@ class ScoringNetworks(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         codes = self.encoder(images)
         reconstructions = self.decoder(codes)
-        logits = self.head(images, reconstructions.detach(), places) if self.head else None
-        return codes, reconstructions, logits
+        if self.head is None:
+            return codes, reconstructions, None, []
+        logits, features = self.head(images, reconstructions.detach(), places)
+        return codes, reconstructions, logits, features
+
+    @property
+    def evidence_maps(self) -> int:
+        """How many maps `evidence` gives."""
+        return 1 + len(self.distances) if self.head else 0
+
+    def evidence(self, logits: Tensor | None, features: list[Tensor], window: tuple[slice, slice]) -> list[Tensor]:
+        """What the head says of each pixel of a window, (B, 1, H, W) each: its logits and, level by level, how far its
+        features are from those of good images. Empty without a head.
+
+        window: rows and columns of the whole image, at multiples of 16.
+        """
+        if logits is None:
+            return []
+        maps = [logits]
+        for stride, level, distance in zip(SegmentationHead.STRIDES, features, self.distances, strict=False):
+            far = distance(level, *cells_of(window, stride))
+            maps.append(F.interpolate(far, scale_factor=stride, mode="bilinear", align_corners=False))
+        return maps
+
+
+def cells_of(window: tuple[slice, slice], stride: int) -> tuple[slice, slice]:
+    """Which cells of a feature map a window of the image is."""
+    rows, columns = window
+    return slice(rows.start // stride, rows.stop // stride), slice(columns.start // stride, columns.stop // stride)
 
 
 def parameter_count(network: nn.Module) -> int:

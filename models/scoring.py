@@ -62,8 +62,8 @@ def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
     # TensorFloat-32 would make a score depend on which kernel the batch size selects.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         images = networks.standardisation(pixels.to(next(networks.parameters()).device))
-        codes, reconstructions, logits = in_tiles(networks, images, tile=side)
-        maps = component_maps(images, reconstructions, logits, sigma=side / 64)
+        codes, reconstructions, evidence = in_tiles(networks, images, tile=side)
+        maps = component_maps(images, reconstructions, evidence, sigma=side / 64)
     as_intensities = networks.standardisation.intensities
     error = as_intensities(images) - as_intensities(reconstructions)
     return Outputs(
@@ -74,36 +74,39 @@ def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
     )
 
 
-def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the networks give for images (B, C, S, S), from windows of tile x tile that overlap by about a quarter.
+def windows(size: int, tile: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the windows that an image is scored in: one, or several that overlap by about a quarter."""
+    # A multiple of the largest stride: every window is cut at the same phase.
+    starts = [*range(0, size - tile, _step(tile)), size - tile]
+    return [(slice(top, top + tile), slice(left, left + tile)) for top in starts for left in starts]
 
-    In the overlap each window counts the less the nearer its border is, where it knows least of the surroundings: no
+
+def _step(tile: int) -> int:
+    return 3 * tile // 4 // 16 * 16
+
+
+def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, reconstructions (B, C, S, S) and evidence (B, E, S, S) of images (B, C, S, S), stitched from windows.
+
+    Where windows overlap each counts the less the nearer its border is, where it knows least of the surroundings: no
     seam shows. Codes of all windows are one below the other, (B, D, T G, G).
     """
     size = images.shape[-1]
     places = places_of(size, images.device).unsqueeze(0)
-    if size == tile:
-        whole: tuple[Tensor, Tensor, Tensor | None] = networks(images, places)
-        return whole
-    step = 3 * tile // 4 // 16 * 16  # a multiple of the encoder's stride: every window is cut at the same phase
-    starts = [*range(0, size - tile, step), size - tile]
     distance = torch.arange(tile, device=images.device) + 0.5
-    ramp = (torch.minimum(distance, tile - distance) / (tile - step)).clamp(max=1)
+    ramp = (torch.minimum(distance, tile - distance) / (tile - _step(tile))).clamp(max=1)
     weight = ramp.view(1, 1, tile, 1) * ramp.view(1, 1, 1, tile)
     codes = []
-    stitched = torch.zeros(len(images), images.shape[1] + 1, size, size, device=images.device)
+    stitched = torch.zeros(len(images), images.shape[1] + networks.evidence_maps, size, size, device=images.device)
     total = torch.zeros(1, 1, size, size, device=images.device)
-    for top in starts:
-        for left in starts:
-            window = slice(top, top + tile), slice(left, left + tile)
-            code, reconstructions, logits = networks(images[..., *window], places[..., *window])
-            codes.append(code)
-            stitched[:, :-1, *window] += weight * reconstructions
-            if logits is not None:
-                stitched[:, -1:, *window] += weight * logits
-            total[..., *window] += weight
+    for window in windows(size, tile):
+        code, reconstructions, logits, features = networks(images[..., *window], places[..., *window])
+        codes.append(code)
+        shown = torch.cat([reconstructions, *networks.evidence(logits, features, window)], dim=1)
+        stitched[..., *window] += weight * shown
+        total[..., *window] += weight
     stitched = stitched / total
-    return torch.cat(codes, dim=2), stitched[:, :-1], None if networks.head is None else stitched[:, -1:]
+    return torch.cat(codes, dim=2), stitched[:, : images.shape[1]], stitched[:, images.shape[1] :]
 
 
 def table(found: Outputs, maps: Tensor) -> FloatArray:

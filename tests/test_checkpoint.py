@@ -149,7 +149,7 @@ def test_a_checkpoint_is_two_files_that_anyone_may_read(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["nut"]
     record = json.loads((folder / "model.json").read_text())
     assert set(record) == FIELDS
-    assert record["format"] == 2
+    assert record["format"] == 3
     assert record["versions"]["torch"] == torch.__version__
     weights = (folder / "model.safetensors").read_bytes()
     assert record["weights_sha256"] == hashlib.sha256(weights).hexdigest() == load_checkpoint(folder).weights_sha256
@@ -238,13 +238,13 @@ def test_the_rewritten_record_is_read(folder):
     assert load_checkpoint(folder).metrics == {"image_auroc": 0.5}
 
 
-@pytest.mark.parametrize("version", [0, 1, 99, "2", None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 2, 99, "3", None, [3]])
 def test_another_format_is_refused_by_its_name(folder, version):
     record = json.loads((folder / "model.json").read_bytes())
     (folder / "model.json").write_text(json.dumps(record | {"format": version}))
     with pytest.raises(CheckpointError) as raised:
         load_checkpoint(folder)
-    assert str(raised.value) == f"{folder / 'model.json'} has format {version!r}: this Hazelnut reads format 2."
+    assert str(raised.value) == f"{folder / 'model.json'} has format {version!r}: this Hazelnut reads format 3."
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS - {"format", "record_sha256"}))

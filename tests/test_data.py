@@ -1,30 +1,23 @@
-"""Folders of images: what is listed, what is held out, what is refused."""
+"""Folders of images: what is listed, what is read, what is refused."""
 
-import hashlib
 import io
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from models.calibration import images_needed
 from models.errors import DataError
 from models.images import decode_image, image_tensor
 from tests.conftest import png
 from training.data import (
     Dataset,
-    Split,
     TestImage,
     images_below,
     load_images,
     load_mask,
     read_dataset,
-    split_good_images,
 )
 
 
@@ -38,24 +31,6 @@ def write_image(path: Path, colour: object, *, mode: str = "RGB", size: tuple[in
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)  # type: ignore[arg-type]
     return path
-
-
-def folder_of(root: Path, contents: list[bytes], *, start: int = 0) -> Dataset:
-    for index, content in enumerate(contents, start=start):
-        write(root / f"{index:03}.png", content)
-    return read_dataset(root)
-
-
-def numbered(count: int) -> list[bytes]:
-    return [f"image {number}".encode() for number in range(count)]
-
-
-def split(dataset: Dataset, *, fraction: float = 0.2, alpha: float = 0.2, seed: int = 0) -> Split:
-    return split_good_images(dataset, fraction=fraction, alpha=alpha, seed=seed)
-
-
-def contents(paths: list[Path]) -> list[bytes]:
-    return sorted(path.read_bytes() for path in paths)
 
 
 # Listing a folder
@@ -224,170 +199,6 @@ def test_a_folder_of_mvtec_folders_is_refused_and_its_defects_are_not_taken_for_
         write(tmp_path / product / "ground_truth/crack/000_mask.png")
     with pytest.raises(DataError, match="bottle"):
         read_dataset(tmp_path)
-
-
-def test_a_folder_of_test_images_alone_cannot_be_trained_on(tmp_path):
-    write(tmp_path / "test/good/000.png")
-    with pytest.raises(DataError, match=r"no good images in .*: training needs them in train/good"):
-        split(read_dataset(tmp_path))
-
-
-def test_too_few_images_for_alpha_are_refused_with_both_numbers(tmp_path):
-    dataset = folder_of(tmp_path, numbered(37))
-    with pytest.raises(DataError, match=r"37 different good images .* alpha of 0\.05 needs 19 held out"):
-        split(dataset, alpha=0.05)
-
-
-def test_just_enough_images_for_alpha_are_split_in_halves(tmp_path):
-    halves = split(folder_of(tmp_path, numbered(38)), alpha=0.05)
-    assert len(halves.training) == len(halves.calibration) == 19
-
-
-def test_copies_do_not_count_as_images_for_alpha(tmp_path):
-    dataset = folder_of(tmp_path, 2 * numbered(37))
-    with pytest.raises(DataError, match="37 different good images"):
-        split(dataset, alpha=0.05)
-
-
-def test_a_fraction_of_one_half_of_an_odd_number_of_images_is_not_too_much(tmp_path):
-    """Alpha needs 19 of the 41: there is nothing to refuse."""
-    halves = split(folder_of(tmp_path, numbered(41)), fraction=0.5, alpha=0.05)
-    assert {len(halves.training), len(halves.calibration)} == {20, 21}
-
-
-def test_an_image_that_vanished_after_listing_is_refused_by_name(tmp_path):
-    dataset = folder_of(tmp_path, numbered(20))
-    dataset.good[3].unlink()
-    with pytest.raises(DataError, match=r"003\.png"):
-        split(dataset)
-
-
-# Holding images out
-
-
-def test_a_split_holds_out_the_fraction_and_loses_nothing(tmp_path):
-    dataset = folder_of(tmp_path, numbered(40))
-    parts = split(dataset, fraction=0.25)
-    assert len(parts.calibration) == 10
-    assert sorted(parts.training + parts.calibration) == dataset.good
-
-
-def test_a_split_holds_out_what_alpha_needs_if_the_fraction_is_less(tmp_path):
-    parts = split(folder_of(tmp_path, numbered(100)), fraction=0.01, alpha=0.05)
-    assert len(parts.calibration) == 19
-
-
-def test_a_split_is_decided_by_the_seed(tmp_path):
-    dataset = folder_of(tmp_path, numbered(40))
-    assert split(dataset, seed=1) == split(dataset, seed=1)
-    assert len({tuple(split(dataset, seed=seed).calibration) for seed in range(10)}) == 10
-
-
-def test_every_image_is_held_out_by_some_seed(tmp_path):
-    dataset = folder_of(tmp_path, numbered(20))
-    held_out = {path for seed in range(60) for path in split(dataset, seed=seed).calibration}
-    assert held_out == set(dataset.good)
-
-
-def test_a_split_depends_on_the_content_and_not_on_names_or_order(tmp_path):
-    first = split(folder_of(tmp_path / "first", numbered(40)))
-    second = split(folder_of(tmp_path / "second", numbered(40)[::-1], start=500))
-    assert contents(first.calibration) == contents(second.calibration)
-    assert contents(first.training) == contents(second.training)
-    assert first.fingerprint == second.fingerprint
-
-
-def test_a_new_image_moves_at_most_one_other_across(tmp_path):
-    before = split(folder_of(tmp_path, numbered(40)))
-    after = split(folder_of(tmp_path, numbered(41)))
-    assert len(set(before.calibration) - set(after.calibration)) <= 1
-
-
-def test_the_fingerprint_changes_with_any_byte_of_a_training_image(tmp_path):
-    dataset = folder_of(tmp_path, numbered(20))
-    before = split(dataset)
-    write(before.training[0], before.training[0].read_bytes() + b"!")
-    assert split(dataset).fingerprint != before.fingerprint
-
-
-def test_the_fingerprint_is_a_sha256_over_those_of_the_training_images(tmp_path):
-    """It is stored in checkpoints and compared on resume: its value must not change between versions."""
-    parts = split(folder_of(tmp_path, numbered(20)))
-    digests = sorted(hashlib.sha256(path.read_bytes()).digest() for path in parts.training)
-    assert parts.fingerprint == hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def test_the_fingerprint_is_not_changed_by_images_that_are_not_trained_on(tmp_path):
-    good = folder_of(tmp_path / "good", numbered(30)).good
-    held = folder_of(tmp_path / "held", [b"held %d" % number for number in range(7)]).good
-    first, second = (
-        split(Dataset(root=tmp_path, good=good, validation=validation, test=[])) for validation in (held[:6], held)
-    )
-    assert len(second.calibration) == len(first.calibration) + 1
-    assert first.fingerprint == second.fingerprint
-
-
-def test_the_folders_own_validation_images_are_calibrated_on_and_never_trained_on(tmp_path):
-    for number, content in enumerate(numbered(30)):
-        write(tmp_path / f"train/good/{number:03}.png", content)
-    validation = [write(tmp_path / f"validation/good/{number}.png", b"held %d" % number) for number in range(6)]
-    dataset = read_dataset(tmp_path)
-    assert dataset.validation == validation
-    parts = split(dataset)
-    assert set(validation) <= set(parts.calibration)
-    assert not set(validation) & set(parts.training)
-    assert set(parts.training) <= set(dataset.good)
-
-
-def test_validation_images_count_towards_what_alpha_needs(tmp_path):
-    for number, content in enumerate(numbered(30)):
-        write(tmp_path / f"train/good/{number:03}.png", content)
-    for number in range(15):
-        write(tmp_path / f"validation/good/{number}.png", b"held %d" % number)
-    parts = split(read_dataset(tmp_path), fraction=0.01, alpha=0.05)
-    assert len(parts.calibration) == 19
-    assert len(parts.training) == 26
-
-
-def test_a_training_image_that_is_also_a_validation_image_is_not_trained_on(tmp_path):
-    for number, content in enumerate(numbered(30)):
-        write(tmp_path / f"train/good/{number:03}.png", content)
-    copy = write(tmp_path / "validation/good/copy.png", numbered(30)[7])
-    parts = split(read_dataset(tmp_path))
-    assert copy in parts.calibration
-    assert tmp_path / "train/good/007.png" not in parts.training
-    assert tmp_path / "train/good/007.png" not in parts.calibration
-
-
-@settings(max_examples=60, deadline=None, database=None)
-@given(
-    images=st.lists(st.binary(min_size=1, max_size=2), min_size=1, max_size=40),
-    validation=st.lists(st.binary(min_size=1, max_size=2), max_size=6),
-    fraction=st.floats(0.01, 0.5),
-    alpha=st.sampled_from([0.1, 0.2, 0.3]),
-    seed=st.integers(0, 2**31 - 1),
-)
-def test_no_content_is_on_both_sides_of_a_split_and_none_is_lost(images, validation, fraction, alpha, seed):
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        good = [write(root / f"good/{index}.png", content) for index, content in enumerate(images)]
-        held = [write(root / f"held/{index}.png", content) for index, content in enumerate(validation)]
-        dataset = Dataset(root=root, good=good, validation=held, test=[])
-        different = len(set(images) - set(validation))
-        needed = images_needed(alpha) - len(set(validation))
-        try:
-            parts = split_good_images(dataset, fraction=fraction, alpha=alpha, seed=seed)
-        except DataError:
-            assert needed > different / 2
-            return
-        training, calibration = contents(parts.training), contents(parts.calibration)
-        assert not set(training) & set(calibration)
-        assert set(training) | set(calibration) == set(images) | set(validation)
-        assert set(validation) <= set(calibration)
-        assert len(calibration) == len(set(calibration)) >= images_needed(alpha)
-        # Copies stay with the original on the side of training, as they were given.
-        assert training == sorted(content for content in images if content not in calibration)
-        assert len(set(training)) >= different / 2
 
 
 # Reading images

@@ -347,7 +347,7 @@ def test_the_image_discriminator_learns_that_defects_are_not_real(recipe):
     state = TrainingState(recipe, noise, device=CPU)
     state.step = 50  # after the warm-up
     set_learning_rates(state, replace(recipe, schedule="constant"))
-    for _ in range(200):
+    for _ in range(500):
         image_discriminator_step(state, recipe)
     images = state.networks.standardisation(noise)
     damaged, masks = corrupt(images, probability=1.0, generator=torch.Generator().manual_seed(9))

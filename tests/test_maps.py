@@ -189,17 +189,17 @@ def test_smooth_keeps_the_sum_of_a_map_that_is_quiet_at_the_borders():
     assert int(smoothed.argmax()) == 12 * 32 + 17
 
 
-def test_component_maps_are_the_smoothed_residual_and_the_smoothed_logits():
+def test_component_maps_are_the_smoothed_residual_and_the_smoothed_evidence():
     images, reconstructions = images_of(2), images_of(2, seed=1)
-    logits = maps_of(2, components=1)
+    evidence = maps_of(2, components=4)
     residual = smooth(residual_map(images, reconstructions), sigma=1.5)
-    without_head = component_maps(images, reconstructions, None, sigma=1.5)
+    without_head = component_maps(images, reconstructions, evidence[:, :0], sigma=1.5)
     assert without_head.shape == (2, 1, 32, 32)
     assert torch.equal(without_head, residual)
-    with_head = component_maps(images, reconstructions, logits, sigma=1.5)
-    assert with_head.shape == (2, 2, 32, 32)
+    with_head = component_maps(images, reconstructions, evidence, sigma=1.5)
+    assert with_head.shape == (2, 5, 32, 32)
     assert torch.allclose(with_head[:, :1], residual, atol=1e-6)
-    assert torch.allclose(with_head[:, 1:], smooth(logits, sigma=1.5), atol=1e-6)
+    assert torch.allclose(with_head[:, 1:], smooth(evidence, sigma=1.5), atol=1e-6)
 
 
 # Fusion
@@ -222,7 +222,7 @@ def fusion_of(
     return MapFusion(places[0], places[1], ends[0], ends[1])
 
 
-@pytest.mark.parametrize("components", [1, 2])
+@pytest.mark.parametrize("components", [1, 2, 5])
 @pytest.mark.parametrize("size", [8, 32, 48, 112])
 def test_anomaly_maps_have_one_height_per_pixel_and_are_not_negative(size, components):
     maps = 30 * maps_of(3, components=components, size=size)  # far above and far below what is usual
@@ -317,6 +317,19 @@ def test_the_fusion_of_the_others_never_saw_the_image():
         assert torch.allclose(others[index].deviation, without.deviation, atol=1e-5)
     # The dust is in the statistics of all but its own image: the comparison is able to fail.
     assert (others[1].mean - others[2].mean).max() > 5
+
+
+def test_the_fusion_of_the_others_never_saw_another_picture_of_the_same_part():
+    maps = maps_of(6, size=32)
+    maps[2, :, 4:9, 20:30] += 50
+    maps[4, :, 4:9, 20:30] += 50  # the same part, dusty in both pictures
+    whole, others = good_maps(maps).fusions([7, 7, 0, 3, 0, 5])
+    clean, _ = good_maps(maps[[0, 1, 3, 5]]).fusions()
+    for index in (2, 4):
+        assert torch.allclose(others[index].mean, clean.mean, atol=1e-5)
+        assert torch.allclose(others[index].deviation, clean.deviation, atol=1e-5)
+    assert torch.equal(others[0].mean, others[1].mean)
+    assert torch.equal(whole.mean, good_maps(maps).fusions()[0].mean)
 
 
 def test_quantiles_of_good_pixels_become_zero_and_one():

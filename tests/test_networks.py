@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.errors import ConfigError
 from models.networks import (
+    Convolution,
     Decoder,
     Encoder,
     ImageDiscriminator,
@@ -49,6 +50,21 @@ def settled(network: nn.Module, batch: Tensor) -> nn.Module:
     for _ in range(3):
         network(batch)
     return network.eval()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3), (2, 2), (5, 4)])
+def test_a_convolution_replicates_its_borders_and_so_does_its_gradient(height, width):
+    convolution = Convolution(3, 2, kernel_size=3).double()
+    own = draw(2, 3, height, width).double().requires_grad_()
+    torchs = own.detach().clone().requires_grad_()
+    found = convolution(own)
+    expected = F.conv2d(F.pad(torchs, (1, 1, 1, 1), mode="replicate"), convolution.weight, convolution.bias)
+    assert torch.allclose(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert own.grad is not None
+    assert torchs.grad is not None
+    assert torch.allclose(own.grad, torchs.grad)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -109,7 +125,7 @@ def test_a_flat_image_has_no_border_in_the_networks_that_score(batch_norm):
     for seed in range(3):
         networks(draw(4, 3, 64, 64, seed=seed), torch.zeros(1, 2, 64, 64))
     flat = torch.tensor([0.8, -0.3, 0.1]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
-    codes, reconstructions, logits = networks.eval()(flat, torch.full((1, 2, 64, 64), 0.4))
+    codes, reconstructions, logits, _ = networks.eval()(flat, torch.full((1, 2, 64, 64), 0.4))
     assert logits is not None
     phases = [
         image[..., row::2, column::2] for image in (reconstructions, logits) for row in (0, 1) for column in (0, 1)
@@ -210,9 +226,11 @@ def test_the_head_gives_one_logit_per_pixel(size, channels):
     head = SegmentationHead(config_of(size, channels=channels, head_width=8)).eval()
     images, reconstructions = draw(2, channels, size, size), draw(2, channels, size, size, seed=1)
     places = places_of(size, images.device)[None]
-    assert head(images, reconstructions, places).shape == (2, 1, size, size)
+    assert head(images, reconstructions, places)[0].shape == (2, 1, size, size)
     # Places of every window by itself, as in training, are as good as those that all share.
-    assert torch.equal(head(images, reconstructions, places.repeat(2, 1, 1, 1)), head(images, reconstructions, places))
+    assert torch.equal(
+        head(images, reconstructions, places.repeat(2, 1, 1, 1))[0], head(images, reconstructions, places)[0]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -221,7 +239,7 @@ def test_the_head_starts_near_one_pixel_in_twenty(seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = SegmentationHead(config_of(64, head_width=16))
-    logits = head(draw(4, 3, 64, 64), draw(4, 3, 64, 64, seed=1), places_of(64, torch.device("cpu"))[None])
+    logits, _ = head(draw(4, 3, 64, 64), draw(4, 3, 64, 64, seed=1), places_of(64, torch.device("cpu"))[None])
     assert 0.03 < float(logits.sigmoid().mean()) < 0.08
 
 
@@ -231,13 +249,13 @@ def test_the_head_looks_at_all_that_it_is_given(part):
     head = SegmentationHead(config_of(head_width=8)).eval()
     given = {"images": draw(1, 3, 32, 32), "reconstructions": draw(1, 3, 32, 32, seed=1), "places": draw(1, 2, 32, 32)}
     changed = given | {part: -given[part]}
-    assert (head(**given) - head(**changed)).abs().max() > 1e-3
+    assert (head(**given)[0] - head(**changed)[0]).abs().max() > 1e-3
 
 
 def test_the_heads_loss_teaches_the_head_alone():
     networks = ScoringNetworks(config_of(head_width=8), Standardisation())
     places = places_of(32, torch.device("cpu"))[None]
-    _, reconstructions, logits = networks(draw(4, 3, 32, 32), places)
+    _, reconstructions, logits, _ = networks(draw(4, 3, 32, 32), places)
     assert networks.head is not None
     assert logits is not None
     F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits)).backward()
@@ -256,11 +274,14 @@ def test_the_heads_loss_teaches_the_head_alone():
 def test_scoring_networks_are_their_parts_in_a_row():
     networks = ScoringNetworks(config_of(head_width=8), Standardisation()).eval()
     images, places = draw(3, 3, 32, 32), places_of(32, torch.device("cpu"))[None]
-    codes, reconstructions, logits = networks(images, places)
+    codes, reconstructions, logits, features = networks(images, places)
     assert networks.head is not None
     assert torch.allclose(codes, networks.encoder(images), atol=1e-6)
     assert torch.allclose(reconstructions, networks.decoder(codes), atol=1e-6)
-    assert torch.allclose(logits, networks.head(images, reconstructions, places), atol=1e-6)
+    head_logits, head_features = networks.head(images, reconstructions, places)
+    assert torch.allclose(logits, head_logits, atol=1e-6)
+    assert [level.shape for level in features] == [(3, 16, 8, 8), (3, 32, 4, 4), (3, 32, 2, 2)]
+    assert all(torch.allclose(*levels, atol=1e-6) for levels in zip(features, head_features, strict=True))
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ def networks_of(*, seed: int = 0, **fields: object) -> ScoringNetworks:
 def with_other_config(networks: ScoringNetworks, **fields: int) -> ScoringNetworks:
     """The same weights."""
     other = ScoringNetworks(replace(networks.config, **fields), Standardisation())  # type: ignore[arg-type]
+    other.distances = networks.distances  # how many there are depends on the tile
     other.load_state_dict(networks.state_dict())
     return other.eval()
 
@@ -221,23 +222,31 @@ FLUSH = [(48, 32), (64, 32), (80, 48), (112, 48), (160, 64)]
 NOT_FLUSH = [(64, 48), (96, 48), (96, 64), (128, 96)]
 
 
-class Echo(ScoringNetworks):
+class OnlyLogits(ScoringNetworks):
+    evidence_maps = 1
+
+    def evidence(self, logits: Tensor | None, *_: object) -> list[Tensor]:
+        assert logits is not None
+        return [logits]
+
+
+class Echo(OnlyLogits):
     """Networks that give back what they are shown; the logits are the first coordinate of the places."""
 
-    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
         codes = nn.functional.avg_pool2d(images, 16)
-        return codes, images, places[:, :1].expand(len(images), -1, -1, -1)
+        return codes, images, places[:, :1].expand(len(images), -1, -1, -1), []
 
 
-class Disagreeing(ScoringNetworks):
+class Disagreeing(OnlyLogits):
     """Networks that see something else in every window: a logit from 0 to 1."""
 
     shown = 0
 
-    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
+    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:  # noqa: ARG002
         self.shown += 1
         logit = torch.rand(1, generator=torch.Generator().manual_seed(self.shown))
-        return images[:, :1, ::16, ::16], images, logit.expand(len(images), 1, *images.shape[2:])
+        return images[:, :1, ::16, ::16], images, logit.expand(len(images), 1, *images.shape[2:]), []
 
 
 def test_the_sizes_are_flush_or_not_as_the_tests_say():
@@ -254,7 +263,6 @@ def test_tiles_cover_every_pixel_and_know_its_place(config, size, tile):
     images = networks.standardisation(pixels_of(2, size=size))
     codes, stitched, logits = in_tiles(networks, images, tile=tile)
     assert torch.allclose(stitched, images, atol=1e-5)
-    assert logits is not None
     assert torch.allclose(logits, places_of(size, CPU)[:1].expand(2, -1, -1, -1), atol=1e-5)
     cells = tile // 16
     assert codes.shape[2] % cells == 0
@@ -269,7 +277,6 @@ def test_windows_that_disagree_fade_into_each_other(config, size, tile):
     """No jump between neighbours is larger than a fade over the overlap makes it; a cut would jump by a half."""
     networks = Disagreeing(replace(config, image_size=size, tile=tile), Standardisation())
     _, _, logits = in_tiles(networks, torch.zeros(1, 3, size, size), tile=tile)
-    assert logits is not None
     overlap = tile - 3 * tile // 4 // 16 * 16
     for jumps in (logits.diff(dim=2), logits.diff(dim=3)):
         assert 0 < jumps.abs().max() <= 1.01 / overlap
@@ -282,13 +289,12 @@ def test_windows_that_disagree_fade_into_each_other(config, size, tile):
 def test_tiles_of_a_flat_image_are_the_image_in_one_piece(size, tile):
     networks = without_places(networks_of(image_size=size, tile=tile))
     images = networks.standardisation(flat_pixels(size))
-    codes, reconstructions, logits = in_tiles(networks, images, tile=tile)
-    whole_codes, whole_reconstructions, whole_logits = in_tiles(networks, images, tile=size)
+    codes, reconstructions, evidence = in_tiles(networks, images, tile=tile)
+    whole_codes, whole_reconstructions, whole_evidence = in_tiles(networks, images, tile=size)
     assert torch.allclose(latent_score(codes), latent_score(whole_codes), atol=1e-5)
     assert torch.allclose(reconstructions, whole_reconstructions, atol=1e-5)
-    assert logits is not None
-    assert whole_logits is not None
-    assert torch.allclose(logits, whole_logits, atol=1e-5)
+    assert evidence.shape[1] == (1 if tile < 64 else 2)  # logits, and the distance of one level
+    assert torch.allclose(evidence, whole_evidence, atol=1e-5)
     # An image with structure does differ at the windows' borders: the comparison is able to fail.
     noise = networks.standardisation(pixels_of(1, size=size))
     assert not torch.allclose(
@@ -316,8 +322,6 @@ def test_no_seam_shows_in_a_noisy_image(seed):
     networks = networks_of(image_size=size, tile=tile, seed=seed)
     images = networks.standardisation(pixels_of(1, size=size, seed=seed))
     tiled, whole = in_tiles(networks, images, tile=tile)[2], in_tiles(networks, images, tile=size)[2]
-    assert tiled is not None
-    assert whole is not None
     added = (tiled - whole)[0, 0]
     for image in (added, added.T):
         jumps = image.diff(dim=0).abs().mean(dim=1)  # jumps[i] is between rows i and i + 1
@@ -333,8 +337,8 @@ def test_maps_are_smoothed_by_what_the_networks_see_at_once(size, tile, sigma):
     networks = networks_of(image_size=size, tile=tile)
     pixels = pixels_of(1, size=size)
     images = networks.standardisation(pixels)
-    _, reconstructions, logits = in_tiles(networks, images, tile=tile or size)
-    expected = component_maps(images, reconstructions, logits, sigma=sigma)
+    _, reconstructions, evidence = in_tiles(networks, images, tile=tile or size)
+    expected = component_maps(images, reconstructions, evidence, sigma=sigma)
     assert torch.allclose(outputs(networks, pixels).maps, expected, atol=1e-5)
 
 
@@ -357,7 +361,7 @@ def assert_same_scores(scores: Scores, others: Scores, *, order: list[int]) -> N
 
 
 def scorer_of(networks: ScoringNetworks, checkpoint: Checkpoint) -> Scorer:
-    components = 2 if networks.config.head_width else 1
+    components = 1 + networks.evidence_maps
     flat, ends = torch.zeros(components, 8, 8), torch.zeros(2 * components)
     return Scorer(networks, MapFusion(flat, flat + 1, ends, ends + 1), checkpoint.calibration)
 

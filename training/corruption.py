@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DEFECTS = 2  # at most, per image
-# Changes below it cannot be seen, and a label there would teach the head to guess. Of standardised images, whose
-# deviation is 0.5.
+# Blocks whose root mean square changes by less look as before, and a label there would teach the head to guess: noise
+# that is replaced by other noise is no defect. Of standardised images, whose deviation is 0.5.
 VISIBLE = 0.1
 BLOCK = 4  # pixels on each side
 
@@ -66,9 +66,9 @@ def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -
             opacity = draws.uniform(0.3, 1) * shapes(draws, images.shape[-1])
             whole = images[chosen]
             damaged = torch.lerp(whole, fillings(images, chosen, draws), opacity)
-            change = (damaged - whole).abs_().mean(dim=1, keepdim=True)
             # By blocks, because a pasted texture crosses what was there before.
-            changed = F.interpolate(F.max_pool2d((change > VISIBLE).float(), BLOCK), scale_factor=BLOCK)
+            change = F.avg_pool2d((damaged - whole).square_().mean(dim=1, keepdim=True), BLOCK)
+            changed = F.interpolate((change > VISIBLE**2).float(), scale_factor=BLOCK)
             visible[chosen] = torch.maximum(visible[chosen], (opacity > 0.02) * changed)
             images[chosen] = damaged
     return images, visible
@@ -111,7 +111,7 @@ def shapes(draws: Draws, size: int) -> Tensor:
 def fillings(images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
     """What the defects of the chosen images (n,) show: (n, C, S, S). Each filling is computed where it is used only."""
     filled = torch.empty_like(images[: len(chosen)])
-    kind = torch.bucketize(draws.uniform(0, 1).flatten(), images.new_tensor([0.3, 0.7, 0.9]))
+    kind = torch.bucketize(draws.uniform(0, 1).flatten(), images.new_tensor([0.25, 0.65, 0.85]))
     for number in range(4):
         places = (kind == number).nonzero().squeeze(1)
         if not len(places):
@@ -120,11 +120,11 @@ def fillings(images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
         if number == 0:
             filled[places] = painted(own, own_draws)
         elif number == 1:
-            filled[places] = moved(own, images[chosen[places] - 1], own_draws)
+            filled[places] = relit(moved(own, images[chosen[places] - 1], own_draws), own, own_draws)
         elif number == 2:
             filled[places] = altered(own, own_draws)
         else:
-            filled[places] = blurred(own)
+            filled[places] = roughened(own, own_draws)
     return filled
 
 
@@ -156,6 +156,12 @@ def moved(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
     return F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
 
 
+def relit(pasted: Tensor, images: Tensor, draws: Draws) -> Tensor:
+    """Half of what is pasted takes on the light of the place that it comes to, and differs in texture alone: what
+    Poisson blending does for Natural Synthetic Anomalies, by two averages."""
+    return pasted + draws.chance(0.5) * shading(images - pasted, 16)
+
+
 def altered(images: Tensor, draws: Draws) -> Tensor:
     """The same place, darker or brighter, with more or less contrast, perhaps grainy: stains, wear, uneven light."""
     size = images.shape[-1]
@@ -165,7 +171,12 @@ def altered(images: Tensor, draws: Draws) -> Tensor:
     return images * draws.uniform(0.6, 1.4) + sign * draws.octaves(0.1, 1) + grain
 
 
-def blurred(images: Tensor) -> Tensor:
-    """The same place, its texture worn away."""
-    coarse = F.avg_pool2d(images, 8)
-    return F.interpolate(coarse, size=images.shape[-2:], mode="bilinear")
+def roughened(images: Tensor, draws: Draws) -> Tensor:
+    """The same place, its texture worn away or deepened."""
+    light = shading(images, 8)
+    return light + torch.where(draws.chance(0.6), draws.uniform(0, 0.5), draws.uniform(1.7, 3)) * (images - light)
+
+
+def shading(images: Tensor, cell: int) -> Tensor:
+    """Images without what is finer than cells of so many pixels."""
+    return F.interpolate(F.avg_pool2d(images, cell), size=images.shape[-2:], mode="bilinear")

@@ -1,7 +1,5 @@
-"""Folders of images, and which image is for what: training, calibration or test."""
+"""Folders of images: what is in them, and their pixels and masks."""
 
-import hashlib
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.calibration import images_needed
 from models.errors import DataError, ImageError
 from models.images import decode_image, image_tensor
 
@@ -101,56 +98,6 @@ def _mask(root: Path, image: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     return None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Paths of good images. No file of `training` has the content of one of `calibration`."""
-
-    training: list[Path]
-    calibration: list[Path]
-    fingerprint: str  # sha256 over the contents of the training images, in the order of their own sha256
-
-
-def split_good_images(dataset: Dataset, *, fraction: float, alpha: float, seed: int) -> Split:
-    """Hold images out for calibration: the folder's own validation images, and the rest by a seeded hash.
-
-    The hash is of the file's content, so that the same image twice is on one side, whatever its name. At least as
-    many are held out as alpha needs. Raises DataError if that leaves fewer than half for training.
-    """
-    if not dataset.good:
-        raise DataError(f"no good images in {dataset.root}: training needs them in train/{GOOD}.")
-    content = {path: _digest(path) for path in [*dataset.good, *dataset.validation]}
-    validation = {content[path] for path in dataset.validation}
-    candidates = {content[path] for path in dataset.good} - validation
-    needed = images_needed(alpha)
-    # Copies of one image are one image: they add nothing to what alpha can resolve.
-    held_out = max(math.floor(fraction * len(candidates)), needed - len(validation))
-    if held_out > len(candidates) / 2:
-        raise DataError(
-            f"{len(candidates)} different good images in {dataset.root}: an alpha of {alpha:g} needs {needed} "
-            f"held out for calibration, which leaves less than half for training. "
-            f"Add images, or set a larger alpha."
-        )
-    key = str(seed).encode()
-    order = sorted(candidates, key=lambda digest: hashlib.sha256(key + digest).digest())
-    calibration = set(order[:held_out]) | validation
-    # The folder's own validation image goes before its copy, the first copy before the others.
-    path_of = {content[path]: path for path in [*dataset.good[::-1], *dataset.validation[::-1]]}
-    # In the order of their contents: a file's name decides nothing.
-    training = sorted((path for path in dataset.good if content[path] not in calibration), key=content.__getitem__)
-    return Split(
-        training=training,
-        calibration=sorted(path_of[digest] for digest in calibration),
-        fingerprint=hashlib.sha256(b"".join(content[path] for path in training)).hexdigest(),
-    )
-
-
-def _digest(path: Path) -> bytes:
-    try:
-        return hashlib.sha256(path.read_bytes()).digest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error
 
 
 def load_images(paths: list[Path], *, channels: int, size: int, advance: Callable[[], None] = lambda: None) -> Tensor:

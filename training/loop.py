@@ -242,7 +242,7 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
     """
     images, damaged, masks, places = _damaged(state, recipe)
     with state.autocast:
-        codes, reconstructions, logits = state.networks(damaged, places)
+        codes, reconstructions, logits, _ = state.networks(damaged, places)
     codes, reconstructions = codes.float(), reconstructions.float()
     loss = reconstruction_loss(
         reconstructions,

@@ -8,7 +8,7 @@ import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,17 +18,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.checkpoint import Checkpoint, save_checkpoint
+from models.density import FeatureDistance, GoodFeatures
 from models.errors import DataError, TrainingDivergedError, TrainingError
 from models.files import replace_file
 from models.maps import GoodMaps, MapFusion
-from models.networks import ScoringNetworks
-from models.scoring import outputs, table
+from models.networks import ScoringNetworks, SegmentationHead, cells_of, places_of
+from models.scoring import outputs, table, windows
 from training import metrics
 from training.config import Recipe, recipe_from_dict
 from training.corruption import corrupt
-from training.data import Dataset, Split, load_images, read_dataset, split_good_images
+from training.data import Dataset, load_images, read_dataset
 from training.loop import TrainingState, scoring_networks, train
 from training.progress import progress_bar
+from training.split import Split, split_good_images
 
 CHECKPOINT = "checkpoint"
 LOG_EVERY = 10  # steps between two lines of log.jsonl
@@ -84,7 +86,8 @@ def train_folder(
     except OSError as error:
         raise TrainingError(f"cannot write the run {out}: {error}; --resume goes on from its last state.") from error
     networks = scoring_networks(state, recipe)
-    fusion, calibration_of_scores = calibrate(networks, training, calibration, recipe)
+    fit_distances(networks, training)
+    fusion, calibration_of_scores = calibrate(networks, training, calibration, split.parts, recipe)
     origin = {**asdict(run), "training_images": len(training)}
     save_checkpoint(
         out / CHECKPOINT,
@@ -106,10 +109,28 @@ def split_images(dataset: Dataset, recipe: Recipe) -> Split:
     return split
 
 
+@torch.inference_mode()
+def fit_distances(networks: ScoringNetworks, pixels: Tensor) -> None:
+    """Learn what the head's features are like on good images, uint8 (N, C, S, S): those it was trained on."""
+    known = [GoodFeatures(cast(FeatureDistance, distance)) for distance in networks.distances]
+    config = networks.config
+    for chunk in torch.split(pixels, SCORING_BATCH) if known else ():
+        images = networks.standardisation(chunk.to(next(networks.parameters()).device))
+        places = places_of(config.image_size, images.device).unsqueeze(0)
+        for window in windows(config.image_size, config.side):
+            *_, features = networks(images[..., *window], places[..., *window])
+            for good, stride, level in zip(known, SegmentationHead.STRIDES, features, strict=False):
+                good.add(level, *cells_of(window, stride))
+    for good in known:
+        good.fit()
+
+
 def calibrate(
-    networks: ScoringNetworks, training: Tensor, held_out: Tensor, recipe: Recipe
+    networks: ScoringNetworks, training: Tensor, held_out: Tensor, parts: list[int], recipe: Recipe
 ) -> tuple[MapFusion, Calibration]:
     """Fit what turns the networks' outputs into verdicts. Images are uint8 (N, C, S, S).
+
+    parts: which part each held-out image shows.
 
     By the held-out good images: the fusion of the maps, and the scores that p-values are counted from. By synthetic
     defects on training images: the weights of the three scores, so that the held-out images decide nothing that would
@@ -118,7 +139,7 @@ def calibrate(
     good = GoodMaps()
     for chunk in torch.split(held_out, SCORING_BATCH):
         good.add(outputs(networks, chunk).maps)
-    fusion, fusions_of_the_others = good.fusions()
+    fusion, fusions_of_the_others = good.fusions(parts)
     scores = []
     for image, own in zip(torch.split(held_out, 1), fusions_of_the_others, strict=True):
         found = outputs(networks, image)
@@ -129,9 +150,10 @@ def calibrate(
 
 
 def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, recipe: Recipe) -> tuple[float, ...]:
-    """How much each score counts: by how far its AUROC, of synthetic defects on these good images, is above chance.
+    """How much each score counts: the square of how far its AUROC, of synthetic defects on these good images, is above
+    chance, so that a weak score adds little of its noise to a strong one.
 
-    At least 0.01: synthetic defects are not all defects, and no score is to be without a say.
+    Never less than 0.001: synthetic defects are not all defects, and no score is to be without a say.
     """
     generator = torch.Generator(fusion.mean.device).manual_seed(recipe.seed)
     found: dict[bool, list[FloatArray]] = {False: [], True: []}
@@ -148,7 +170,7 @@ def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, 
         metrics.image_auroc(labels, np.concatenate([good[:, index], bad[:, index]])) - 0.5
         for index in range(len(SCORE_NAMES))
     ]
-    return tuple(max(share, 0.01) for share in above_chance)
+    return tuple(max(share, 0.0) ** 2 + 0.001 for share in above_chance)
 
 
 def recipe_of(out: Path) -> Recipe:
