@@ -46,7 +46,7 @@ def main(
         rows.append(measure(Path(data), Path(run), pictures))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(rows, indent=1) + "\n")
-    Console().print(markdown(rows), markup=False, highlight=False)
+    Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
 def measure(data: Path, run: Path, pictures: Path) -> dict[str, Any]:

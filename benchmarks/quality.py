@@ -73,7 +73,7 @@ def main(
             if baseline:
                 rows.append(measure_baseline(folder, runs / folder.name / f"baseline-{seed}.json", baseline, seed))
                 write(out, record)
-    Console().print(markdown(rows), markup=False, highlight=False)
+    Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
 def measure(data: Path, run: Path, name: str, recipe: str, overrides: list[str], seed: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def main(
         rows += measure(Path(data), Path(run))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(rows, indent=1) + "\n")
-    Console().print(markdown(rows), markup=False, highlight=False)
+    Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
 def measure(data: Path, run: Path) -> list[dict[str, Any]]:

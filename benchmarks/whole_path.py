@@ -70,7 +70,7 @@ def main(
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "whole-path.json").write_text(json.dumps(record, indent=1) + "\n")
-    Console().print(markdown(rows), markup=False, highlight=False)
+    Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
 def measure(data: Path, run: Path, recipe: str) -> Row:

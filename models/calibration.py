@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from models.errors import CalibrationError
 
@@ -24,13 +25,15 @@ MIN_CALIBRATION_IMAGES = 4
 class Calibration:
     """The scores of the calibration images, (n, 3) in the order of SCORE_NAMES, and the default alpha.
 
-    weights: what each score counts for in the anomaly score, in the same order, 0 or more. Raises CalibrationError if
-    n is too small for alpha, or a score or a weight is not finite.
+    weights: what each score counts for in the anomaly score, in the same order, 0 or more. parts: for each image a
+    number that pictures of one part share; empty: no part is shown twice. Raises CalibrationError if n is too small
+    for alpha, a score or a weight is not finite, or parts are not those of n images.
     """
 
     scores: FloatArray
     alpha: float
     weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 2 or self.scores.shape[1] != len(SCORE_NAMES):
@@ -43,6 +46,8 @@ class Calibration:
             raise CalibrationError(f"the weights of the scores are {list(self.weights)}: expected three, 0 or more.")
         if not any(self.weights):
             raise CalibrationError("the weights of the scores are all 0: one must be more.")
+        if self.parts and (len(self.parts) != self.n or not all(isinstance(part, int) for part in self.parts)):
+            raise CalibrationError(f"the parts {list(self.parts)} are not a whole number for each of {self.n} images.")
         self.check_alpha(self.alpha)
 
     @property
@@ -70,14 +75,40 @@ class Calibration:
         return wanted
 
     @cached_property
-    def _fused(self) -> FloatArray:
-        """Sorted anomaly scores of the calibration images, (n,).
+    def design_effect(self) -> float:
+        """How many of these pictures tell as much as one picture of a part of its own, 1 or more: pictures of one part
+        score alike. 1 + (m - 1) rho (Kish, Survey Sampling, 1965), with m the mean, over pictures, of how many show
+        the same part, and rho how much alike their anomaly scores are: the intraclass correlation of the ranks.
+        """
+        part, counts = np.unique(self.parts or range(self.n), return_inverse=True, return_counts=True)[1:]
+        if len(counts) == self.n:
+            return 1.0
+        if len(counts) == 1:
+            return float(self.n)
+        ranks = stats.rankdata(self._alone)
+        means = np.bincount(part, weights=ranks) / counts
+        between = float((counts * (means - ranks.mean()) ** 2).sum()) / (len(counts) - 1)
+        within = float(((ranks - means[part]) ** 2).sum()) / (self.n - len(counts))
+        pictures = float((counts**2).sum()) / self.n  # m
+        usual = (self.n - pictures) / (len(counts) - 1)
+        if between <= within:  # also if all scores are the same
+            return 1.0
+        rho = (between - within) / (between + (usual - 1) * within)
+        return 1 + (pictures - 1) * rho
+
+    @cached_property
+    def _alone(self) -> FloatArray:
+        """Anomaly scores of the calibration images, (n,).
 
         Each is standardised by the other n - 1 images. A part that is scored later did not take part in the median
         and the deviation; a calibration image that did would look too normal, and good parts too anomalous.
         """
         alone = [self._fuse(self.scores[i : i + 1], np.delete(self.scores, i, axis=0)) for i in range(self.n)]
-        return np.sort(np.concatenate(alone))
+        return np.concatenate(alone)
+
+    @cached_property
+    def _sorted(self) -> FloatArray:
+        return np.sort(self._alone)
 
     def anomaly_score(self, scores: FloatArray) -> FloatArray:
         """Fuse scores (B, 3) into (B,): their weighted mean, each in standard deviations of the good images' score."""
@@ -96,7 +127,7 @@ class Calibration:
 
     def p_value(self, anomaly_score: FloatArray) -> FloatArray:
         """(1 + #{calibration score >= s}) / (n + 1) for each s in (B,); in (0, 1]."""
-        at_least = self.n - np.searchsorted(self._fused, anomaly_score, side="left")
+        at_least = self.n - np.searchsorted(self._sorted, anomaly_score, side="left")
         return np.asarray((1 + at_least) / (self.n + 1), dtype=np.float64)
 
     def map_level(self, alpha: float) -> float:

@@ -31,7 +31,7 @@ from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS_FILE = "model.safetensors"
 RECORD_FILE = "model.json"
 FIELDS = {
@@ -79,6 +79,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             "alpha": checkpoint.calibration.alpha,
             "weights": list(checkpoint.calibration.weights),
             "scores": checkpoint.calibration.scores.tolist(),
+            "parts": list(checkpoint.calibration.parts),
         },
         "origin": checkpoint.origin,
         "metrics": checkpoint.metrics,
@@ -120,6 +121,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             scores=np.asarray(record["calibration"]["scores"], dtype=np.float64),
             alpha=record["calibration"]["alpha"],
             weights=tuple(record["calibration"]["weights"]),
+            parts=tuple(record["calibration"]["parts"]),
         )
         networks, fusion = _load_state(config, weights)
     except (ConfigError, CalibrationError) as error:

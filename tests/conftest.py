@@ -44,7 +44,7 @@ def checkpoint(config: ModelConfig) -> Checkpoint:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         networks = ScoringNetworks(config, Standardisation()).eval()
-    scores = np.random.default_rng(0).normal(loc=[0.03, 0.92, 0.167], scale=0.01, size=(19, 3))
+    scores = np.random.default_rng(0).normal(loc=[0.03, 0.92, 0.101], scale=0.01, size=(19, 3))
     return Checkpoint(
         networks=networks,
         fusion=MapFusion(torch.zeros(2, 8, 8), torch.ones(2, 8, 8), torch.zeros(4), torch.ones(4)),

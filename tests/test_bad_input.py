@@ -228,7 +228,7 @@ def test_an_unknown_format_version_is_refused_by_every_verb(folder, tmp_path):
         ["score", str(folder), str(tmp_path / "nut.png")],
         ["serve", f"--checkpoint={folder}", "--port=0"],
     ):
-        assert refused(*arguments) == f"hazelnut: {path} has format 99: this Hazelnut reads format 3."
+        assert refused(*arguments) == f"hazelnut: {path} has format 99: this Hazelnut reads format 4."
 
 
 def test_an_alpha_that_the_calibration_cannot_resolve_is_refused(folder, client, tmp_path):

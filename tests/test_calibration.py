@@ -320,7 +320,66 @@ def test_good_maps_exceed_the_level_no_more_often_than_alpha(alpha):
     assert exceeded / 40_000 == pytest.approx(alpha, abs=0.006)
 
 
+# Pictures of one part
+
+
+def of_parts(parts: int, pictures: int, *, alike: float, seed: int = 0) -> Calibration:
+    """`alike`: the share of a score's variance that all pictures of a part have in common."""
+    random = np.random.default_rng(seed)
+    own, common = random.normal(size=(parts * pictures, 3)), random.normal(size=(parts, 3)).repeat(pictures, axis=0)
+    scores = math.sqrt(alike) * common + math.sqrt(1 - alike) * own
+    numbers = np.arange(parts).repeat(pictures)
+    return Calibration(scores, alpha=0.5, weights=(0, 0, 1), parts=tuple(numbers.tolist()))
+
+
+def test_parts_that_are_shown_once_have_no_design_effect():
+    assert calibration_of(19).design_effect == 1
+    assert of_parts(19, 1, alike=0.9).design_effect == 1
+
+
+@pytest.mark.parametrize("pictures", [2, 6])
+def test_copies_of_a_picture_tell_no_more_than_the_picture(pictures):
+    assert of_parts(20, pictures, alike=1).design_effect == pytest.approx(pictures)
+
+
+def test_pictures_of_a_single_part_count_as_one():
+    assert of_parts(1, 8, alike=0.5).design_effect == 8
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(0, 1), (0.2, 2), (0.6, 4)])
+def test_the_design_effect_is_what_the_likeness_of_the_pictures_says(alike, expected):
+    """Kish's formula with six pictures of each part. Ranks are a little less alike than the normal scores."""
+    found = [of_parts(60, 6, alike=alike, seed=seed).design_effect for seed in range(20)]
+    assert np.mean(found) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_design_effect_is_that_of_the_part_of_a_picture():
+    """Nineteen parts once and one 19 times, all alike: a picture has on average ten of its part, itself one of them."""
+    scores = np.repeat(np.arange(20.0), [*([1] * 19), 19])[:, None].repeat(3, axis=1)
+    calibration = Calibration(scores, alpha=0.5, parts=(*range(19), *([19] * 19)))
+    assert calibration.design_effect == pytest.approx(10)
+
+
+def test_the_numbers_of_the_parts_and_the_order_of_the_pictures_do_not_matter():
+    calibration = of_parts(10, 3, alike=0.5)
+    order = np.random.default_rng(1).permutation(30)
+    parts = tuple(100 - 7 * calibration.parts[index] for index in order)
+    shuffled = Calibration(calibration.scores[order], alpha=0.5, weights=(0, 0, 1), parts=parts)
+    assert shuffled.design_effect == pytest.approx(calibration.design_effect)
+    assert 1 < shuffled.design_effect < 3
+
+
+def test_parts_whose_scores_never_vary_have_no_design_effect():
+    assert Calibration(np.ones((6, 3)), alpha=0.5, parts=(1, 1, 1, 2, 2, 2)).design_effect == 1
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("parts", [(1,), (1,) * 20, ("a",) * 19, (0.5,) * 19, (None,) * 19])
+def test_parts_that_are_not_a_number_for_each_image_are_refused(parts):
+    with pytest.raises(CalibrationError, match="are not a whole number for each of 19 images"):
+        Calibration(scores=calibration_of(19).scores, alpha=0.05, parts=parts)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

@@ -90,7 +90,8 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, checkpoint, channels, lat
         batch_norm=batch_norm,
         head_width=head_width,
     )
-    calibration = replace(checkpoint.calibration, weights=(0.01, 0.1 + 0.2, 0.4))
+    parts = tuple(range(7, 7 + checkpoint.calibration.n))
+    calibration = replace(checkpoint.calibration, weights=(0.01, 0.1 + 0.2, 0.4), parts=parts)
     saved = replace(with_config(checkpoint, config), calibration=calibration)
     save_checkpoint(tmp_path / "nut", saved)
     loaded = load_checkpoint(tmp_path / "nut")
@@ -101,6 +102,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, checkpoint, channels, lat
     assert loaded.calibration.scores.dtype == np.float64
     assert loaded.calibration.alpha == saved.calibration.alpha
     assert loaded.calibration.weights == (0.01, 0.1 + 0.2, 0.4)
+    assert loaded.calibration.parts == parts
     assert loaded.origin == saved.origin
     assert loaded.metrics == saved.metrics
 
@@ -149,7 +151,7 @@ def test_a_checkpoint_is_two_files_that_anyone_may_read(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["nut"]
     record = json.loads((folder / "model.json").read_text())
     assert set(record) == FIELDS
-    assert record["format"] == 3
+    assert record["format"] == 4
     assert record["versions"]["torch"] == torch.__version__
     weights = (folder / "model.safetensors").read_bytes()
     assert record["weights_sha256"] == hashlib.sha256(weights).hexdigest() == load_checkpoint(folder).weights_sha256
@@ -244,7 +246,7 @@ def test_another_format_is_refused_by_its_name(folder, version):
     (folder / "model.json").write_text(json.dumps(record | {"format": version}))
     with pytest.raises(CheckpointError) as raised:
         load_checkpoint(folder)
-    assert str(raised.value) == f"{folder / 'model.json'} has format {version!r}: this Hazelnut reads format 3."
+    assert str(raised.value) == f"{folder / 'model.json'} has format {version!r}: this Hazelnut reads format 4."
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS - {"format", "record_sha256"}))
@@ -271,7 +273,7 @@ def test_a_record_that_is_not_one_is_refused(folder, content):
         load_checkpoint(folder)
 
 
-CALIBRATION = {"scores": [[1, 2, 3]] * 19, "alpha": 0.05, "weights": [1, 1, 1]}
+CALIBRATION = {"scores": [[1, 2, 3]] * 19, "alpha": 0.05, "weights": [1, 1, 1], "parts": []}
 
 
 def test_the_calibration_that_the_next_test_changes_is_read(folder):
@@ -305,6 +307,9 @@ def test_the_calibration_that_the_next_test_changes_is_read(folder):
         {"calibration": CALIBRATION | {"weights": [1, 1, float("nan")]}},
         {"calibration": CALIBRATION | {"weights": ["a", "b", "c"]}},
         {"calibration": CALIBRATION | {"weights": 1}},
+        {"calibration": CALIBRATION | {"parts": [1, 2, 3]}},
+        {"calibration": CALIBRATION | {"parts": ["a"] * 19}},
+        {"calibration": CALIBRATION | {"parts": 5}},
         *(
             {"calibration": {key: CALIBRATION[key] for key in CALIBRATION if key != left_out}}
             for left_out in CALIBRATION

@@ -3,6 +3,7 @@
 import io
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from models.calibration import Calibration
 from models.checkpoint import Checkpoint
 from models.errors import CalibrationError, DataError
 from models.scoring import Scorer
@@ -89,6 +91,20 @@ def test_false_alarms_are_counted_at_alpha_beside_what_alpha_promises(scorer, da
         assert alarms["flagged"] == (good <= alpha).sum()
         assert alarms["rate"] == alarms["flagged"] / 6
         assert 0 <= alarms["promised_low"] <= alpha <= alarms["promised_high"] <= 1
+
+
+def test_pictures_of_one_part_widen_what_alpha_promises(checkpoint, data):
+    random = np.random.default_rng(0)
+    scores = random.normal(size=(10, 3)).repeat(4, axis=0) + 0.01 * random.normal(size=(40, 3))
+    found = []
+    for parts in ((), tuple(np.arange(10).repeat(4).tolist())):
+        calibration = Calibration(scores, alpha=0.5, parts=parts)
+        scorer = replace(checkpoint, calibration=calibration).scorer(torch.device("cpu"))
+        found.append(evaluated(scorer, data)["false_alarms"])
+    alone, in_parts = found
+    assert alone["design_effect"] == 1
+    assert in_parts["design_effect"] == pytest.approx(4, rel=0.05)
+    assert in_parts["promised_low"] <= alone["promised_low"] < alone["promised_high"] < in_parts["promised_high"]
 
 
 def test_aupro_over_all_regions_is_the_mean_over_the_kinds(scorer, data):

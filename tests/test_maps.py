@@ -233,7 +233,8 @@ def test_anomaly_maps_have_one_height_per_pixel_and_are_not_negative(size, compo
 
 
 def test_fusion_scales_each_view_from_low_to_high():
-    """By hand, in a flat fusion, at a pixel with heights 3 and 6: the weighted mean of four views, the head twice."""
+    """By hand, in a flat fusion, at a pixel with heights 3 and 6: the weighted mean of four views, the head's logits
+    four times the residual."""
     fusion = MapFusion(
         mean=torch.tensor([1.0, 2.0])[:, None, None].expand(2, 8, 8),
         deviation=torch.tensor([0.5, 4.0])[:, None, None].expand(2, 8, 8),
@@ -243,9 +244,23 @@ def test_fusion_scales_each_view_from_low_to_high():
     maps = torch.tensor([3.0, 6.0])[None, :, None, None].expand(1, 2, 32, 32)
     # The views are 3 and 6 as they are, (3 - 1) / 0.5 = 4 and (6 - 2) / 4 = 1 in deviations.
     scaled = [(3 - 1) / (2 - 1), (6 - 2) / (10 - 2), (4 - 0) / (8 - 0), (1 - -1) / (1 - -1)]
-    mean = (scaled[0] + 2 * scaled[1] + scaled[2] + 2 * scaled[3]) / 6
+    assert torch.allclose(fusion.views(maps)[0, :, 7, 30], torch.tensor(scaled))
+    mean = (scaled[0] + 4 * scaled[1] + scaled[2] + 4 * scaled[3]) / 10
     expected = math.log1p(math.exp(mean))
     assert torch.allclose(fusion(maps), torch.full((1, 32, 32), expected))
+
+
+def test_a_distance_counts_only_as_compared_with_its_place():
+    usual = torch.full((3, 8, 8), 5.0)
+    fusion = MapFusion(usual, torch.ones(3, 8, 8), low=torch.zeros(6), high=torch.ones(6))
+    maps = torch.zeros(1, 3, 32, 32)
+    maps[:, 2] = 5
+    with_a_usual_distance = fusion(maps)
+    further = fusion(maps + torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1))
+    # In all 0.25 + 1 as they are and 0.25 + 1 + 0.5 by place; the views of the residual and the logits are 0 and -5.
+    before, after = (-5 * (0.25 + 1)) / 3, (-5 * (0.25 + 1) + 0.5) / 3
+    assert torch.allclose(with_a_usual_distance, torch.full((1, 32, 32), math.log1p(math.exp(before))))
+    assert torch.allclose(further, torch.full((1, 32, 32), math.log1p(math.exp(after))))
 
 
 def test_fusion_of_one_component_changes_no_order_where_all_places_are_alike():

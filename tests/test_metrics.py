@@ -15,6 +15,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from models.calibration import Calibration
 from training import metrics
 
 LIMITS = (0.3, 0.05)
@@ -398,6 +399,30 @@ def test_false_alarm_interval_holds_95_percent_of_simulated_conformal_tests(cali
     # Not wider than it has to be: one alarm less at either end would be too few.
     assert (rates < low + 1 / good_images).mean() > 0.02
     assert (rates > high - 1 / good_images).mean() > 0.02
+
+
+def test_false_alarm_interval_holds_where_parts_are_shown_more_than_once():
+    """Six pictures of a part share most of what makes their scores: taken for independent, they promise too much."""
+    random = np.random.default_rng(0)
+    inside = {"by parts": 0, "by pictures": 0}
+    trials, calibration_parts, test_parts, pictures = 300, 26, 30, 6
+    for _ in range(trials):
+        common = 0.8 * random.normal(size=calibration_parts + test_parts).repeat(pictures)
+        scores = np.stack([common + 0.6 * random.normal(size=len(common))] * 3, axis=1)
+        held_out = calibration_parts * pictures
+        parts = tuple(np.arange(calibration_parts).repeat(pictures).tolist())
+        calibration = Calibration(scores[:held_out], alpha=0.05, parts=parts)
+        rate = (calibration.p_value(calibration.anomaly_score(scores[held_out:])) <= 0.05).mean()
+        for name, design_effect in (("by parts", calibration.design_effect), ("by pictures", 1.0)):
+            low, high = metrics.false_alarm_interval(
+                calibration_images=held_out,
+                alpha=0.05,
+                good_images=test_parts * pictures,
+                design_effect=design_effect,
+            )
+            inside[name] += low <= rate <= high
+    assert inside["by parts"] / trials > 0.92
+    assert inside["by pictures"] / trials < 0.85
 
 
 def test_false_alarm_interval_counts_whole_calibration_images():

@@ -159,7 +159,10 @@ def moved(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
 def relit(pasted: Tensor, images: Tensor, draws: Draws) -> Tensor:
     """Half of what is pasted takes on the light of the place that it comes to, and differs in texture alone: what
     Poisson blending does for Natural Synthetic Anomalies, by two averages."""
-    return pasted + draws.chance(0.5) * shading(images - pasted, 16)
+    lit = draws.chance(0.5).flatten().nonzero().squeeze(1)
+    if len(lit):
+        pasted[lit] += shading(images[lit] - pasted[lit], 16)
+    return pasted
 
 
 def altered(images: Tensor, draws: Draws) -> Tensor:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from models.calibration import SCORE_NAMES
+from models.calibration import SCORE_NAMES, Calibration
 from models.errors import DataError
 from models.files import replace_file
 from models.scoring import MapArray, Scorer
@@ -80,7 +80,7 @@ def evaluate_folder(
         "image": image_level(measured),
         "pixel": pixel_level(statistics),
         "reconstruction": reconstruction_quality(measured),
-        "false_alarms": false_alarms(measured, alpha=alpha, calibration_images=scorer.calibration.n),
+        "false_alarms": false_alarms(measured, alpha=alpha, calibration=scorer.calibration),
         "defects": by_defect(measured, statistics, alpha=alpha),
         "images_per_second": len(measured.defects) / measured.seconds,
         "peak_memory_bytes": peak_memory_bytes(scorer.device),
@@ -185,17 +185,24 @@ def reconstruction_quality(measured: Measured) -> dict[str, float] | None:
     }
 
 
-def false_alarms(measured: Measured, *, alpha: float, calibration_images: int) -> dict[str, Any] | None:
-    """How many good test images are flagged at alpha, and the rates that alpha promises; None without good images."""
+def false_alarms(measured: Measured, *, alpha: float, calibration: Calibration) -> dict[str, Any] | None:
+    """How many good test images are flagged at alpha, and the rates that alpha promises; None without good images.
+
+    Test images are taken to show each part as often as those of calibration do, and to be as alike.
+    """
     p_values = measured.p_values[~measured.anomalous]
     if not len(p_values):
         return None
     low, high = metrics.false_alarm_interval(
-        calibration_images=calibration_images, alpha=alpha, good_images=len(p_values)
+        calibration_images=calibration.n,
+        alpha=alpha,
+        good_images=len(p_values),
+        design_effect=calibration.design_effect,
     )
     return {
         "alpha": alpha,
-        "calibration_images": calibration_images,
+        "calibration_images": calibration.n,
+        "design_effect": calibration.design_effect,
         "flagged": int((p_values <= alpha).sum()),
         "rate": float((p_values <= alpha).mean()),
         "promised_low": low,

@@ -253,17 +253,26 @@ def _laplacian_energy(images: "Tensor") -> "Tensor":
 
 
 def false_alarm_interval(
-    *, calibration_images: int, alpha: float, good_images: int, confidence: float = CONFIDENCE
+    *,
+    calibration_images: int,
+    alpha: float,
+    good_images: int,
+    design_effect: float = 1.0,
+    confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
     """The rates of false alarms that alpha promises on so many good images, 95 % of the time.
 
     Given the calibration images, the chance of an alarm is Beta(l, n + 1 - l) with l = floor(alpha (n + 1)) (Vovk,
     Conditional validity of inductive conformal predictors, 2012; Bates et al., arXiv 2104.08279), so that the number
     of alarms is beta-binomial. Raises ValueError for an alpha that n images cannot resolve.
+
+    design_effect: how many pictures tell as much as one of a part of its own, among those of calibration and of the
+    test alike: `Calibration.design_effect`. There are that many times fewer of either.
     """
     alarms = math.floor(alpha * (calibration_images + 1) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     if not 1 <= alarms <= calibration_images:
         raise ValueError(f"alpha is {alpha:g}: {calibration_images} calibration images do not resolve it.")
-    distribution = stats.betabinom(good_images, alarms, calibration_images + 1 - alarms)
-    low, high = distribution.interval(confidence)
-    return float(low) / good_images, float(high) / good_images
+    independent = max(round(good_images / design_effect), 1)
+    others = calibration_images + 1 - alarms
+    low, high = stats.betabinom(independent, alarms / design_effect, others / design_effect).interval(confidence)
+    return float(low) / independent, float(high) / independent

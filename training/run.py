@@ -146,7 +146,7 @@ def calibrate(
         scores.append(table(found, own.to(found.maps.device)(found.maps)))
     fusion = fusion.to(next(networks.parameters()).device)
     weights = score_weights(networks, fusion, training[:WEIGHT_IMAGES], recipe)
-    return fusion, Calibration(scores=np.concatenate(scores), alpha=recipe.alpha, weights=weights)
+    return fusion, Calibration(np.concatenate(scores), alpha=recipe.alpha, weights=weights, parts=tuple(parts))
 
 
 def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, recipe: Recipe) -> tuple[float, ...]:
