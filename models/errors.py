@@ -8,7 +8,8 @@ HazelnutError
 │   ├── ImageCorruptError       image_corrupt      a checksum, a length or the coded data is wrong
 │   ├── ImageAnimatedError      image_animated     more than one frame or page
 │   ├── ImageTooLargeError      image_too_large    more pixels than the limit
-│   └── ImageModeError          image_mode         a pixel type without a rule (32-bit float, say)
+│   ├── ImageModeError          image_mode         a pixel type without a rule (32-bit float, say)
+│   └── ImageFailedError        image_failed       scoring it failed, and not for want of the others
 ├── CheckpointError             a checkpoint that cannot be read, or is not what it says
 ├── CalibrationError            too few good images, or an alpha that their number cannot resolve
 ├── ConfigError                 a value that a configuration does not allow
@@ -54,6 +55,10 @@ class ImageTooLargeError(ImageError):
 
 class ImageModeError(ImageError):
     code = "image_mode"
+
+
+class ImageFailedError(ImageError):
+    code = "image_failed"
 
 
 class CheckpointError(HazelnutError):

@@ -1,19 +1,22 @@
-"""The way to the device: one thread that scores, and a bound on how many images wait for it."""
+"""The way to the device: a bounded queue, and one thread that takes whatever waits, up to the largest batch."""
 
 import asyncio
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from models.scoring import Scorer, Scores
-from service.errors import ServiceError
+from models.errors import ImageFailedError
+from models.scoring import Scores
+from service.errors import ServiceError, logger
 from service.telemetry import Telemetry
 
-MAX_BATCH = 16
+LARGEST_BATCH = 16
 RETRY_SECONDS = 1
 
 
@@ -22,57 +25,138 @@ class BusyError(ServiceError):
         super().__init__("busy", message, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
-class Batcher:
-    """Scores images in one thread, so that requests take turns. Its methods belong to one event loop."""
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One image of a batch."""
 
-    def __init__(self, scorer: Scorer, *, max_waiting: int, telemetry: Telemetry) -> None:
-        self._scorer = scorer
-        self._max_waiting = max_waiting
-        self._waiting = 0
+    batch: Scores
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    pixels: Tensor  # uint8 (C, S, S)
+    answer: "asyncio.Future[Scored]"
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Batcher:
+    """Scores images in one thread. While a batch is on the device the next one gathers, so that a lone image never
+    waits for others and a crowd shares the device. Its methods belong to the event loop that made it.
+
+    score: uint8 (B, C, S, S) -> Scores, called in the thread.
+    """
+
+    def __init__(
+        self, score: Callable[[Tensor], Scores], *, max_images: int, max_bytes: int, telemetry: Telemetry
+    ) -> None:
+        self._score = score
+        self._max_images, self._max_bytes = max_images, max_bytes
+        self._images = self._bytes = 0
+        self._largest = LARGEST_BATCH
         self._telemetry = telemetry
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._thread.start()
 
     @contextmanager
-    def places(self, count: int) -> Iterator[None]:
-        """Hold places for a request's images while they are decoded and scored.
+    def places(self, images: int, size: int) -> Iterator[None]:
+        """Hold places for a request's images, `size` bytes together, while they are decoded and scored.
 
         Taken for all at once and before anything is spent on them: a request is refused at once or answered whole.
         Raises BusyError.
         """
-        if self._waiting + count > self._max_waiting:
+        if self._images + images > self._max_images:
             raise BusyError(
-                f"{self._waiting} of {self._max_waiting} places for waiting images are taken: {count} more do not fit."
+                f"{self._images} of {self._max_images} places for waiting images are taken: {images} more do not fit."
             )
-        self._set_waiting(self._waiting + count)
+        # One that is larger than all places goes when nothing waits: the limit of the body has let it in.
+        if self._images and self._bytes + size > self._max_bytes:
+            raise BusyError(
+                f"the waiting images have {self._bytes} of {self._max_bytes} bytes: {size} more do not fit."
+            )
+        self._hold(images, size)
         try:
             yield
         finally:
-            self._set_waiting(self._waiting - count)
+            self._hold(-images, -size)
 
-    async def score(self, pixels: Tensor) -> Scores:
-        """Score uint8 (B, C, S, S), B >= 1, for which the caller holds places; at most 16 at a time."""
-        loop = asyncio.get_running_loop()
-        batches = torch.split(pixels, MAX_BATCH)
-        parts = [await loop.run_in_executor(self._thread, self._score, batch) for batch in batches]
-        return parts[0] if len(parts) == 1 else await loop.run_in_executor(self._thread, _joined, parts)
+    def _hold(self, images: int, size: int) -> None:
+        self._images += images
+        self._bytes += size
+        self._telemetry.images_waiting.set(self._images)
+
+    async def score(self, pixels: Tensor) -> Scored:
+        """Score an image, uint8 (C, S, S), for which the caller holds a place.
+
+        An image whose caller is cancelled before its batch begins is never scored. Raises ImageFailedError for one
+        that makes the scoring fail by itself.
+        """
+        waiting = _Waiting(pixels, self._loop.create_future())
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            self._queue.append(waiting)
+            self._changed.notify()
+        return await waiting.answer
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        """Stop once nothing waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
 
-    def _score(self, pixels: Tensor) -> Scores:
-        with self._telemetry.stage("device").time():
-            return self._scorer.score(pixels)
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            outcomes = self._outcomes([waiting.pixels for waiting in batch])
+            # One call for all: each wakes the loop.
+            self._loop.call_soon_threadsafe(_deliver, batch, outcomes)
 
-    def _set_waiting(self, waiting: int) -> None:
-        self._waiting = waiting
-        self._telemetry.images_waiting.set(waiting)
+    def _next_batch(self) -> list[_Waiting]:
+        """Sleeps while nothing waits; empty when closed."""
+        batch: list[_Waiting] = []
+        with self._changed:
+            while not batch:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return []
+                while self._queue and len(batch) < self._largest:
+                    waiting = self._queue.popleft()
+                    if not waiting.answer.cancelled():
+                        batch.append(waiting)
+        now = time.perf_counter()
+        for waiting in batch:
+            self._telemetry.stage("queue").observe(now - waiting.since)
+        self._telemetry.batch_images.observe(len(batch))
+        return batch
+
+    def _outcomes(self, pixels: list[Tensor]) -> list[Scored | ImageFailedError]:
+        """One for each image. A batch that fails is halved until only the image at fault does."""
+        half = len(pixels) // 2
+        if len(pixels) <= self._largest:
+            try:
+                with self._telemetry.stage("device").time():
+                    scores = self._score(torch.stack(pixels))
+                return [Scored(scores, index) for index in range(len(pixels))]
+            except Exception as error:  # noqa: BLE001 - whatever it is, the thread and the other images go on
+                if len(pixels) == 1:
+                    logger.exception("an image could not be scored")
+                    return [ImageFailedError(f"scoring the image failed: {type(error).__name__}.")]
+                if isinstance(error, torch.OutOfMemoryError):
+                    self._largest = half
+                logger.warning("a batch of %d images failed and is halved: %s", len(pixels), error)
+        return self._outcomes(pixels[:half]) + self._outcomes(pixels[half:])
 
 
-def _joined(parts: list[Scores]) -> Scores:
-    return Scores(
-        scores=np.concatenate([part.scores for part in parts]),
-        anomaly_score=np.concatenate([part.anomaly_score for part in parts]),
-        p_value=np.concatenate([part.p_value for part in parts]),
-        maps=np.concatenate([part.maps for part in parts]),
-        reconstructions=torch.cat([part.reconstructions for part in parts]),
-    )
+def _deliver(batch: list[_Waiting], outcomes: list[Scored | ImageFailedError]) -> None:
+    for waiting, outcome in zip(batch, outcomes, strict=True):
+        if waiting.answer.done():
+            continue  # its caller left while it was on the device
+        if isinstance(outcome, ImageFailedError):
+            waiting.answer.set_exception(outcome)
+        else:
+            waiting.answer.set_result(outcome)

@@ -33,6 +33,7 @@ ERRORS = {
     "not_found": ErrorKind(404, "There is no such path."),
     "model_unknown": ErrorKind(404, "There is no model of this name."),
     "method_not_allowed": ErrorKind(405, "The path does not take this method; the header Allow names those it takes."),
+    "receive_timeout": ErrorKind(408, "The request did not arrive within HAZELNUT_RECEIVE_SECONDS."),
     "body_too_large": ErrorKind(413, "The body has more bytes than HAZELNUT_MAX_BODY_BYTES."),
     "too_many_files": ErrorKind(413, "The form has more files than HAZELNUT_MAX_FILES."),
     "image_too_large": ErrorKind(413, "The image has more pixels than HAZELNUT_MAX_PIXELS."),
@@ -45,9 +46,11 @@ ERRORS = {
     "image_empty": ErrorKind(422, "The image has no bytes."),
     "image_truncated": ErrorKind(422, "The file ends before its image does."),
     "image_corrupt": ErrorKind(422, "A checksum, a length or the coded data is wrong."),
+    "image_failed": ErrorKind(500, "Scoring the image failed, by itself too; the log has the traceback."),
     "internal": ErrorKind(500, "A fault of the service; its log has the traceback under the request's id."),
     "busy": ErrorKind(503, "Too many images are waiting; try again after the seconds in Retry-After."),
     "not_ready": ErrorKind(503, "The service is starting or stopping; try again after Retry-After."),
+    "deadline": ErrorKind(504, "The answer was not ready within HAZELNUT_ANSWER_SECONDS; the request was given up."),
 }
 IMAGE_ERRORS = tuple(code for code in ERRORS if code.startswith("image_"))
 

@@ -63,5 +63,10 @@ async def open_model(checkpoint: Checkpoint, *, settings: Settings, telemetry: T
         checkpoint=checkpoint,
         device=device,
         decoder=Decoder(checkpoint.config, max_pixels=settings.max_pixels, telemetry=telemetry),
-        batcher=Batcher(scorer, max_waiting=settings.max_waiting, telemetry=telemetry),
+        batcher=Batcher(
+            scorer.score,
+            max_images=settings.max_waiting,
+            max_bytes=settings.max_waiting_bytes,
+            telemetry=telemetry,
+        ),
     )

@@ -11,6 +11,7 @@ from models.calibration import Calibration
 from models.errors import CalibrationError, ImageError
 from service.answers import answer_parts
 from service.batching import RETRY_SECONDS
+from service.clients import answered, received
 from service.errors import ServiceError, documented, shown
 from service.forms import FIELD, read_uploads
 from service.registry import ServedModel
@@ -67,8 +68,8 @@ SCORE_BODY: dict[str, Any] = {
 SCORE_ERRORS = (
     "malformed_request", "no_files", "unknown_field", "not_a_file", "model_unknown", "body_too_large",
     "too_many_files", "image_too_large", "unsupported_media_type", "image_format", "image_animated", "image_mode",
-    "invalid_parameter", "alpha_out_of_range", "image_empty", "image_truncated", "image_corrupt", "busy",
-    "not_ready",
+    "invalid_parameter", "alpha_out_of_range", "image_empty", "image_truncated", "image_corrupt", "image_failed",
+    "receive_timeout", "busy", "not_ready", "deadline",
 )  # fmt: skip
 
 
@@ -88,8 +89,11 @@ async def score(request: Request, query: Annotated[ScoreQuery, Query()], service
     if query.model is not None:
         _check_name(query.model, model)
     alpha = _checked_alpha(query.alpha, model.calibration)
-    uploads = await read_uploads(request, max_files=service.settings.max_files)
-    outcomes = await score_uploads(model, uploads, alpha=alpha, telemetry=service.telemetry)
+    limits = service.settings
+    with service.telemetry.stage("receive").time():
+        uploads = await received(read_uploads(request, max_files=limits.max_files), seconds=limits.receive_seconds)
+    scoring = score_uploads(model, uploads, alpha=alpha, telemetry=service.telemetry)
+    outcomes = await answered(request, scoring, seconds=limits.answer_seconds)
     if len(outcomes) == 1 and isinstance(outcomes[0], ImageError):
         raise outcomes[0]
     parts = answer_parts(model, uploads, outcomes, map_format=query.map, alpha=alpha, telemetry=service.telemetry)

@@ -1,13 +1,10 @@
-"""The uploads of one request on their way: decoded side by side, scored together, each with its own outcome."""
+"""The uploads of one request on their way: each is decoded and scored by itself, and has its own outcome."""
 
 import asyncio
 from dataclasses import dataclass
 
-import torch
-
 from models.errors import ImageError
 from models.scoring import MapArray
-from service.decoding import Decoded
 from service.forms import Upload
 from service.registry import ServedModel
 from service.telemetry import Telemetry
@@ -32,12 +29,12 @@ Outcome = Verdict | ImageError
 async def score_uploads(
     model: ServedModel, uploads: list[Upload], *, alpha: float, telemetry: Telemetry
 ) -> list[Outcome]:
-    """One outcome per upload, in order: a bad image never fails its neighbours. Raises BusyError."""
-    with model.batcher.places(len(uploads)):
-        images = await asyncio.gather(*(_decoded(model, upload.data) for upload in uploads))
-        good = [image for image in images if isinstance(image, Decoded)]
-        verdicts = iter(await _verdicts(model, good, alpha=alpha))
-    outcomes = [next(verdicts) if isinstance(image, Decoded) else image for image in images]
+    """One outcome per upload, in order: a bad image never fails its neighbours. Raises BusyError.
+
+    Cancelled, it gives up what is not on the device yet.
+    """
+    with model.batcher.places(len(uploads), sum(len(upload.data) for upload in uploads)):
+        outcomes = await asyncio.gather(*(_outcome(model, upload.data, alpha=alpha) for upload in uploads))
     for outcome in outcomes:
         if isinstance(outcome, ImageError):
             telemetry.image_refused(outcome.code)
@@ -51,26 +48,19 @@ async def score_uploads(
     return outcomes
 
 
-async def _decoded(model: ServedModel, data: bytes) -> Decoded | ImageError:
+async def _outcome(model: ServedModel, data: bytes, *, alpha: float) -> Outcome:
     try:
-        return await model.decoder.decode(data)
+        image = await model.decoder.decode(data)
+        scored = await model.batcher.score(image.pixels)
     except ImageError as error:
         return error
-
-
-async def _verdicts(model: ServedModel, images: list[Decoded], *, alpha: float) -> list[Verdict]:
-    if not images:
-        return []
-    scores = await model.batcher.score(torch.stack([image.pixels for image in images]))
-    return [
-        Verdict(
-            width=image.width,
-            height=image.height,
-            scores=scores.named(index),
-            anomaly_score=float(scores.anomaly_score[index]),
-            p_value=float(scores.p_value[index]),
-            is_anomalous=bool(scores.p_value[index] <= alpha),
-            anomaly_map=scores.maps[index],
-        )
-        for index, image in enumerate(images)
-    ]
+    scores, index = scored.batch, scored.index
+    return Verdict(
+        width=image.width,
+        height=image.height,
+        scores=scores.named(index),
+        anomaly_score=float(scores.anomaly_score[index]),
+        p_value=float(scores.p_value[index]),
+        is_anomalous=bool(scores.p_value[index] <= alpha),
+        anomaly_map=scores.maps[index],
+    )

@@ -38,6 +38,18 @@ class Settings(BaseSettings):
         description="How many images, of all requests, may be waiting for their scores; at least HAZELNUT_MAX_FILES.",
     )
 
+    max_waiting_bytes: int = Field(
+        default=256 * 2**20,
+        ge=1,
+        description="How many bytes the uploads that wait for their scores may have together. One comes in alone.",
+    )
+    receive_seconds: float = Field(
+        default=30.0, gt=0, description="How long a request may take to arrive; slower clients are refused."
+    )
+    answer_seconds: float = Field(
+        default=30.0, gt=0, description="How long an image may take from its arrival to its scores."
+    )
+
     @model_validator(mode="after")
     def _one_request_can_wait(self) -> Self:
         if self.max_waiting < self.max_files:

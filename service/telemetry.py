@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from service.errors import IMAGE_ERRORS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-STAGES = ("decode", "device", "encode")
+STAGES = ("receive", "decode", "queue", "device", "encode")
 NO_ANSWER = "none"  # status class where the client left before an answer
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -22,6 +22,7 @@ STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 # Good images are near 0 with deviation 1; drift shows in between, defects far above. Negative values leave the
 # histogram without a _sum, which would not only rise.
 SCORE_BUCKETS = (-2, -1, 0, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100)
+BATCH_BUCKETS = (1, 2, 4, 8, 16)
 P_VALUE_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
@@ -60,7 +61,7 @@ class Telemetry:
         )
         self._stage_seconds = Histogram(
             "hazelnut_stage_seconds",
-            "Seconds of work, without waiting: decode and encode per image, device per batch.",
+            "Seconds in each stage: receive per request, decode, queue and encode per image, device per batch.",
             ["stage"],
             buckets=STAGE_BUCKETS,
             registry=self.registry,
@@ -77,6 +78,12 @@ class Telemetry:
             "P-values; those of good parts are spread evenly over (0, 1].",
             ["model"],
             buckets=P_VALUE_BUCKETS,
+            registry=self.registry,
+        )
+        self.batch_images = Histogram(
+            "hazelnut_batch_images",
+            "Images that went to the device together.",
+            buckets=BATCH_BUCKETS,
             registry=self.registry,
         )
         self.images_waiting = Gauge(

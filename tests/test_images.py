@@ -21,6 +21,7 @@ from models.errors import (
     ImageCorruptError,
     ImageEmptyError,
     ImageError,
+    ImageFailedError,
     ImageFormatError,
     ImageModeError,
     ImageTooLargeError,
@@ -170,7 +171,7 @@ def test_a_file_that_is_not_taken_is_refused_by_its_reason(name):
 
 
 def test_every_reason_has_a_file():
-    assert {reason for _, reason in REFUSED.values()} == set(ImageError.__subclasses__())
+    assert {reason for _, reason in REFUSED.values()} | {ImageFailedError} == set(ImageError.__subclasses__())
 
 
 def test_an_oversized_image_of_every_format_is_refused_before_it_is_decoded():

@@ -111,7 +111,7 @@ def test_image_that_cannot_be_read_is_a_result_among_several(client, code):
 def test_every_image_error_of_the_library_has_a_status():
     classes = [each for each in vars(model_errors).values() if isinstance(each, type)]
     codes = {each.code for each in classes if issubclass(each, model_errors.ImageError)} - {"image"}
-    assert codes == set(IMAGES)
+    assert codes == set(IMAGES) | {"image_failed"}  # of which no bytes of a client make one
     assert codes <= set(ERRORS)
 
 
@@ -223,7 +223,7 @@ def test_busy_when_too_many_images_wait(checkpoint):
     two = [("files", ("a.png", png()))] * 2
     with TestClient(app) as client:
         batcher = app.state.service.model.batcher
-        with batcher.places(1):
+        with batcher.places(1, 10):
             assert client.post("/score", files=two[:1]).status_code == 200
             response = client.post("/score", files=two)
             message = assert_error(response, 503, "busy")
@@ -241,7 +241,7 @@ def test_internal_error_is_logged_with_its_request_id(checkpoint, caplog):
         with caplog.at_level(logging.ERROR, logger="hazelnut"):
             response = client.post("/score", files=[("files", ("a.png", png()))], headers={"X-Request-ID": "seven"})
     message = assert_error(response, 500, "internal")
-    assert "shutdown" not in message, "the fault's own words are for the log"
+    assert "closed" not in message, "the fault's own words are for the log"
     assert "request seven failed" in caplog.text
     assert "Traceback" in caplog.text
 
@@ -260,7 +260,8 @@ def test_not_ready_before_the_start_and_after_the_end(checkpoint):
 
 
 def test_every_code_is_provoked_here():
-    provoked = {case.code for case in CASES.values()} | set(IMAGES) | {"internal", "busy", "not_ready"}
+    elsewhere = {"image_failed", "receive_timeout", "deadline"}  # test_service_clients.py
+    provoked = {case.code for case in CASES.values()} | set(IMAGES) | {"internal", "busy", "not_ready"} | elsewhere
     assert provoked == set(ERRORS)
 
 

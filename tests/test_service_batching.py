@@ -1,0 +1,291 @@
+"""The batcher: every image gets its own answer once, whoever leaves, whatever fails, however much waits."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from torch import Tensor
+
+from models.errors import ImageFailedError
+from models.scoring import Scores
+from service.batching import LARGEST_BATCH, Batcher, BusyError, Scored
+from service.telemetry import Telemetry
+
+POISON = 13
+
+
+def image(number: int) -> Tensor:
+    """An image that can be told from others."""
+    return torch.full((1, 2, 2), number, dtype=torch.uint8)
+
+
+class Device:
+    """Scores an image by its number, and fails on the poisoned one. Keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Semaphore(0)
+        self.gated = False
+
+    def score(self, pixels: Tensor) -> Scores:
+        numbers = pixels[:, 0, 0, 0].tolist()
+        self.batches.append(numbers)
+        if self.gated:
+            assert self.gate.acquire(timeout=30)
+        if POISON in numbers:
+            raise RuntimeError("poison")
+        scores = np.array(numbers, dtype=float)
+        return Scores(
+            scores=np.stack([scores] * 3, axis=1),
+            anomaly_score=scores,
+            p_value=scores / 256,
+            maps=np.zeros((len(numbers), 2, 2), dtype=np.float32),
+            reconstructions=pixels.float(),
+        )
+
+
+def number_of(scored: Scored) -> int:
+    return int(scored.batch.anomaly_score[scored.index])
+
+
+def run(test: Callable[[Batcher, Device], Coroutine[Any, Any, None]], *, gated: bool = False, **limits: int) -> None:
+    async def whole() -> None:
+        device = Device()
+        device.gated = gated
+        batcher = Batcher(device.score, **{"max_images": 99, "max_bytes": 999, **limits}, telemetry=Telemetry())
+        try:
+            await asyncio.wait_for(test(batcher, device), 30)
+        finally:
+            device.gate.release(1000)
+            batcher.close()
+
+    asyncio.run(whole())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "this never became so"
+        await asyncio.sleep(0.001)
+
+
+def test_a_lone_image_is_scored_at_once_and_alone():
+    async def test(batcher: Batcher, device: Device) -> None:
+        assert number_of(await batcher.score(image(7))) == 7
+        assert device.batches == [[7]]
+
+    run(test)
+
+
+def test_images_that_wait_share_a_batch_up_to_the_largest():
+    async def test(batcher: Batcher, device: Device) -> None:
+        first = asyncio.ensure_future(batcher.score(image(99)))
+        await until(lambda: device.batches)
+        crowd = [asyncio.ensure_future(batcher.score(image(number))) for number in range(14, 14 + 20)]
+        await asyncio.sleep(0)
+        device.gate.release(3)
+        assert [number_of(scored) for scored in await asyncio.gather(first, *crowd)] == [99, *range(14, 34)]
+        assert device.batches == [[99], list(range(14, 30)), list(range(30, 34))]
+        assert len(device.batches[1]) == LARGEST_BATCH
+
+    run(test, gated=True)
+
+
+def test_an_image_whose_caller_left_is_never_scored():
+    async def test(batcher: Batcher, device: Device) -> None:
+        first = asyncio.ensure_future(batcher.score(image(99)))
+        await until(lambda: device.batches)
+        leaving, staying = (asyncio.ensure_future(batcher.score(image(number))) for number in (1, 2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        device.gate.release(2)
+        assert [number_of(scored) for scored in await asyncio.gather(first, staying)] == [99, 2]
+        assert device.batches == [[99], [2]]
+        assert leaving.cancelled()
+
+    run(test, gated=True)
+
+
+def test_of_a_batch_that_fails_only_the_image_at_fault_does():
+    async def test(batcher: Batcher, device: Device) -> None:
+        first = asyncio.ensure_future(batcher.score(image(99)))
+        await until(lambda: device.batches)
+        numbers = [1, 2, POISON, 4, 5]
+        waiting = [asyncio.ensure_future(batcher.score(image(number))) for number in numbers]
+        await asyncio.sleep(0)
+        device.gate.release(100)
+        await first
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [number_of(one) for one in outcomes if isinstance(one, Scored)] == [1, 2, 4, 5]
+        assert isinstance(outcomes[2], ImageFailedError)
+        # The thread lives on.
+        assert number_of(await batcher.score(image(8))) == 8
+
+    run(test, gated=True)
+
+
+def test_a_device_that_is_out_of_memory_gets_smaller_batches_from_then_on():
+    sizes: list[int] = []
+
+    def small_device(pixels: Tensor) -> Scores:
+        sizes.append(len(pixels))
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("no more than three")
+        time.sleep(0.01)
+        return Device().score(pixels)
+
+    async def test() -> None:
+        batcher = Batcher(small_device, max_images=99, max_bytes=999, telemetry=Telemetry())
+        for _ in range(2):
+            answers = await asyncio.gather(*(batcher.score(image(number)) for number in range(14, 42)))
+            assert [number_of(answer) for answer in answers] == list(range(14, 42))
+        batcher.close()
+
+    asyncio.run(test())
+    failed = [size for size in sizes if size > 3]
+    assert failed
+    assert failed == sorted(failed, reverse=True)
+    assert len(failed) == len(set(failed)) <= 3  # of 56 images: 16, 8 and 4, each tried once
+
+
+def test_places_are_bounded_in_images():
+    async def test(batcher: Batcher, _: Device) -> None:
+        with batcher.places(3, 10):
+            refused = "3 of 4 places for waiting images are taken: 2 more do not fit"
+            with pytest.raises(BusyError, match=refused) as raised, batcher.places(2, 10):
+                pass
+            assert raised.value.headers == {"Retry-After": "1"}
+            with batcher.places(1, 10):
+                pass
+        with batcher.places(4, 10):
+            pass
+
+    run(test, max_images=4)
+
+
+def test_places_are_bounded_in_bytes_but_for_one_that_comes_alone():
+    async def test(batcher: Batcher, _: Device) -> None:
+        with batcher.places(1, 60):
+            refused = "have 60 of 100 bytes: 41 more do not fit"
+            with pytest.raises(BusyError, match=refused), batcher.places(1, 41):
+                pass
+            with batcher.places(1, 40):
+                pass
+        refused = "have 101 of 100 bytes: 1 more do not fit"
+        with batcher.places(1, 101), pytest.raises(BusyError, match=refused), batcher.places(1, 1):
+            pass
+
+    run(test, max_bytes=100)
+
+
+def test_places_are_given_back_by_whoever_fails():
+    async def test(batcher: Batcher, _: Device) -> None:
+        for _attempt in range(5):
+            with pytest.raises(RuntimeError, match="left"), batcher.places(2, 50):
+                raise RuntimeError("left")
+        with batcher.places(2, 50):
+            pass
+
+    run(test, max_images=2, max_bytes=50)
+
+
+def test_a_closed_batcher_first_scores_what_waits():
+    async def test(batcher: Batcher, _: Device) -> None:
+        waiting = [asyncio.ensure_future(batcher.score(image(number))) for number in range(40)]
+        await asyncio.sleep(0)
+        await asyncio.to_thread(batcher.close)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [number_of(one) for one in answers if isinstance(one, Scored)] == [n for n in range(40) if n != POISON]
+
+    run(test)
+
+
+class Requests(RuleBasedStateMachine):
+    """Images come, leave, fail and are scored in any order; each caller who stays gets the answer to its own image."""
+
+    waiting = Bundle("waiting")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.device = Device()
+        self.device.gated = True
+        self.answers: dict[int, asyncio.Task[Scored]] = {}
+        self.numbers: dict[int, int] = {}
+        self.left: set[int] = set()
+        self.telemetry = Telemetry()
+        self.batcher = self.runner.run(self._batcher())
+
+    async def _batcher(self) -> Batcher:
+        return Batcher(self.device.score, max_images=9999, max_bytes=9999, telemetry=self.telemetry)
+
+    def _turn(self, condition: Callable[[], object] = lambda: True) -> None:
+        async def turn() -> None:
+            await asyncio.sleep(0)
+            await until(condition)
+
+        self.runner.run(turn())
+
+    @rule(target=waiting, numbers=st.lists(st.integers(0, 255), min_size=1, max_size=24))
+    def images_come(self, numbers: list[int]) -> Any:
+        async def come() -> list[int]:
+            ids = []
+            for number in numbers:
+                ids.append(len(self.answers))
+                self.numbers[ids[-1]] = number
+                self.answers[ids[-1]] = asyncio.ensure_future(self.batcher.score(image(number)))
+            await asyncio.sleep(0)
+            return ids
+
+        return multiple(*self.runner.run(come()))
+
+    @rule(one=consumes(waiting))
+    def a_caller_leaves(self, one: int) -> None:
+        if not self.answers[one].done():
+            self.left.add(one)
+        self.answers[one].cancel()
+        self._turn()
+
+    @rule(batches=st.integers(1, 4))
+    def the_device_works(self, batches: int) -> None:
+        self.device.gate.release(batches)
+        self._turn()
+
+    @invariant()
+    def answers_are_right_so_far(self) -> None:
+        for one, answer in self.answers.items():
+            if answer.done() and not answer.cancelled():
+                self._check(one, answer)
+
+    def _check(self, one: int, answer: "asyncio.Task[Scored]") -> None:
+        if self.numbers[one] == POISON:
+            assert isinstance(answer.exception(), ImageFailedError)
+        else:
+            assert number_of(answer.result()) == self.numbers[one]
+
+    def teardown(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.runner.close)
+            stack.callback(self.batcher.close)
+            self.device.gate.release(100_000)
+            self._turn(lambda: all(answer.done() for answer in self.answers.values()))
+            for one, answer in self.answers.items():
+                assert answer.cancelled() == (one in self.left)
+            self.answers_are_right_so_far()
+            assert max(map(len, self.device.batches), default=0) <= LARGEST_BATCH
+
+
+TestRequests = Requests.TestCase
+TestRequests.settings = settings(
+    max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
