@@ -8,7 +8,6 @@ in another way: along the curves, one step for each distinct value. Prints a tab
 """
 
 import importlib
-import json
 import os
 import platform
 import resource
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from scipy import ndimage
 
+from benchmarks.results import write_results
 from training import metrics
 
 RESULT = Path("docs/benchmarks/aupro.json")
@@ -70,8 +70,7 @@ def main(
         "numpy": np.__version__,
         "rows": [asdict(row) for row in rows],
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    write_results(RESULT, record)
     title = f"{maps} maps of {size} x {size}: {rows[0].regions} regions, {rows[0].defect_pixels} defect pixels"
     table = Table("", *(Column(row.process, justify="right") for row in rows), title=title)
     table.add_row("seconds", *(f"{row.seconds:.1f}" for row in rows))

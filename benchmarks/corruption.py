@@ -8,7 +8,6 @@ the recipe's training steps on random pixels. Prints both, writes docs/benchmark
 """
 
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from benchmarks.results import write_results
 from models.images import image_tensor
 from models.networks import Standardisation
 from training.config import Recipe, load_recipe
@@ -71,8 +71,7 @@ def main(
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    write_results(RESULT, record)
     typer.echo(f"corrupt(): {record['corrupt_ms']} ms for a batch of {' x '.join(str(side) for side in batch)}")
     typer.echo(f"a training step: {record['step_ms']} ms, of which {share:.1%} to draw defects")
 

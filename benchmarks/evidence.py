@@ -8,7 +8,6 @@ image is painted over in the same way. Prints a table in Markdown, writes docs/b
 per data set into --pictures: images with the highest pixels of their map in red, and the border of the mask in green.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from rich.console import Console
 from scipy import ndimage
 from torch import Tensor
 
+from benchmarks.results import write_results
 from models.checkpoint import load_checkpoint
 from models.images import decode_image, image_tensor
 from models.scoring import MapArray, Scorer
@@ -44,8 +44,7 @@ def main(
     for pair in pairs:
         data, _, run = pair.partition("=")
         rows.append(measure(Path(data), Path(run), pictures))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(out, rows)
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 

@@ -25,6 +25,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks.results import write_results
+
 HAZELNUT = [sys.executable, "-m", "hazelnut"]
 RESULTS = Path("docs/benchmarks/quality.json")
 FIGURES = ("image AUROC", "pixel AUROC", "AUPRO@0.3")
@@ -69,10 +71,10 @@ def main(
             for name in variant or ["whole"]:
                 run = runs / folder.name / f"{name.replace(' ', '-')}-{seed}"
                 rows.append(measure(folder, run, name, recipe, [*overrides, *VARIANTS[name], f"seed={seed}"], seed))
-                write(out, record)
+                write_results(out, record)
             if baseline:
                 rows.append(measure_baseline(folder, runs / folder.name / f"baseline-{seed}.json", baseline, seed))
-                write(out, record)
+                write_results(out, record)
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
@@ -117,11 +119,6 @@ def measure_baseline(data: Path, kept: Path, script: Path, seed: int) -> dict[st
 def call(command: list[str]) -> None:
     if subprocess.run(command, check=False).returncode != 0:
         raise SystemExit(f"{shlex.join(command)} failed")
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

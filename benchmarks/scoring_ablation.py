@@ -7,7 +7,6 @@ does in benchmarks.quality. Every variant is calibrated anew on the held-out goo
 table in Markdown, writes docs/benchmarks/scoring-ablation.json. Nothing is chosen by these figures.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.results import write_results
 from models.calibration import Calibration, FloatArray
 from models.checkpoint import load_checkpoint
 from models.images import decode_image
@@ -90,8 +90,7 @@ def main(
     for pair in pairs:
         data, _, run = pair.partition("=")
         rows += measure(Path(data), Path(run))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(out, rows)
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 

@@ -7,7 +7,6 @@ use too. Prints a table in Markdown, writes docs/benchmarks/speed-DEVICE.json.
 """
 
 import io
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.results import write_results
 from models.calibration import Calibration
 from models.images import decode_image, image_tensor
 from models.maps import MapFusion
@@ -80,8 +80,7 @@ def main(
         "milliseconds": milliseconds,
     }
     path = Path(f"docs/benchmarks/speed-{where.type}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_results(path, record)
     lines = ["| what | median, ms |", "|---|---|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in milliseconds.items()]
     Console().print("\n".join(lines), markup=False, highlight=False)

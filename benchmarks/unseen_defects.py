@@ -9,7 +9,6 @@ training. AS_THEY_ARE and BY_PLACE of models/maps.py were chosen by this. Prints
 docs/benchmarks/unseen-defects.json.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,13 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.results import write_results
 from models.checkpoint import load_checkpoint
-from models.maps import AS_THEY_ARE, BY_PLACE, GoodMaps
+from models.maps import AS_THEY_ARE, BY_PLACE
 from models.scoring import outputs
 from training import metrics
 from training.data import load_images, read_dataset
-from training.run import recipe_of, split_images
+from training.run import good_maps, recipe_of, split_images
 
 RESULTS = Path("docs/benchmarks/unseen-defects.json")
 PIXEL_STRIDE = 4  # maps are smooth: every fourth pixel of every fourth row is enough
@@ -155,8 +155,7 @@ def main(
     for pair in pairs:
         data, _, run = pair.partition("=")
         rows += measure(Path(data), Path(run))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(out, rows)
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
@@ -165,10 +164,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     recipe = recipe_of(run)
     split = split_images(read_dataset(data), recipe)
     held_out = load_images(split.calibration, channels=recipe.channels, size=recipe.image_size)
-    good = GoodMaps()
-    for chunk in torch.split(held_out, 16):
-        good.add(outputs(networks, chunk).maps)
-    _, fusions = good.fusions(split.parts)
+    _, fusions = good_maps(networks, held_out).fusions(split.parts)
     random = torch.Generator().manual_seed(recipe.seed)
     peaks: dict[str, list[Tensor]] = {name: [] for name in FUSIONS}  # (1 + kinds,) of each image
     pixels: dict[str, list[Tensor]] = {name: [] for name in FUSIONS}
@@ -176,7 +172,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     for pixels_of_one, fusion in zip(held_out, fusions, strict=True):
         image = networks.standardisation(pixels_of_one)
         damaged = torch.stack([image, *(draw(image, random) for draw in KINDS.values())])
-        levels = (255 * networks.standardisation.intensities(damaged)).round().clamp(0, 255).byte()
+        levels = networks.standardisation.pixels(damaged)
         views = fusion.views(outputs(networks, levels).maps)
         for name, weights in FUSIONS.items():
             weight = torch.tensor(weights).view(1, -1, 1, 1)

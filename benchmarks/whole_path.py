@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.results import write_results
 from models.calibration import SCORE_NAMES
 from training.data import read_dataset
 
@@ -68,8 +69,7 @@ def main(
         "python": platform.python_version(),
         "rows": [asdict(row) for row in rows],
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "whole-path.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_results(RESULTS / "whole-path.json", record)
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 

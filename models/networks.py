@@ -231,6 +231,10 @@ class Standardisation(nn.Module):
         """The way back, to intensities in [0, 1], of which a reconstruction may lie outside."""
         return (images * self.scale + self.mean) / 255
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """The way back to uint8; what lies outside [0, 255] is cut off."""
+        return (255 * self.intensities(images)).round().clamp(0, 255).byte()
+
 
 def places_of(size: int, device: torch.device) -> Tensor:
     """How far across and down each pixel of an image lies, from -1 to 1: (2, S, S)."""

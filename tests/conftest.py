@@ -7,7 +7,9 @@ import os
 # torch is imported, so that the processes which tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +84,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, in turns with the event loop's other work, for what has to become so."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "this never became so"
+        await asyncio.sleep(0.001)

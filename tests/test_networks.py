@@ -327,6 +327,8 @@ def test_intensities_undo_standardisation(mean, deviation):
     back = standardisation.intensities(standardisation(pixels))
     assert torch.allclose(back, pixels.float() / 255, atol=1e-5)
     assert torch.equal((255 * back).round().byte(), pixels)
+    assert torch.equal(standardisation.pixels(standardisation(pixels)), pixels)
+    assert standardisation.pixels(torch.tensor([-1e4, 1e4])).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("gray", [0, 128, 255])

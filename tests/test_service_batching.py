@@ -19,6 +19,7 @@ from models.errors import ImageFailedError
 from models.scoring import Scores
 from service.batching import LARGEST_BATCH, Batcher, BusyError, Scored
 from service.telemetry import Telemetry
+from tests.conftest import until
 
 POISON = 13
 
@@ -69,13 +70,6 @@ def run(test: Callable[[Batcher, Device], Coroutine[Any, Any, None]], *, gated: 
             batcher.close()
 
     asyncio.run(whole())
-
-
-async def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "this never became so"
-        await asyncio.sleep(0.001)
 
 
 def test_a_lone_image_is_scored_at_once_and_alone():

@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from models.checkpoint import Checkpoint
 from models.scoring import Scorer, Scores
 from service.app import create_app
 from service.settings import Settings
-from tests.conftest import png
+from tests.conftest import png, until
 
 DATA = png()
 
@@ -101,13 +100,6 @@ def run(checkpoint: Checkpoint, test: Callable[[FastAPI], Coroutine[Any, Any, No
 def waiting(app: FastAPI) -> float:
     value = app.state.service.telemetry.registry.get_sample_value("hazelnut_images_waiting")
     return value or 0.0
-
-
-async def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "this never became so"
-        await asyncio.sleep(0.002)
 
 
 def test_an_image_whose_client_leaves_gives_its_place_back_and_is_never_scored(checkpoint, device):

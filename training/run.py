@@ -136,10 +136,7 @@ def calibrate(
     defects on training images: the weights of the three scores, so that the held-out images decide nothing that would
     make them look better than the parts to come.
     """
-    good = GoodMaps()
-    for chunk in torch.split(held_out, SCORING_BATCH):
-        good.add(outputs(networks, chunk).maps)
-    fusion, fusions_of_the_others = good.fusions(parts)
+    fusion, fusions_of_the_others = good_maps(networks, held_out).fusions(parts)
     scores = []
     for image, own in zip(torch.split(held_out, 1), fusions_of_the_others, strict=True):
         found = outputs(networks, image)
@@ -147,6 +144,14 @@ def calibrate(
     fusion = fusion.to(next(networks.parameters()).device)
     weights = score_weights(networks, fusion, training[:WEIGHT_IMAGES], recipe)
     return fusion, Calibration(np.concatenate(scores), alpha=recipe.alpha, weights=weights, parts=tuple(parts))
+
+
+def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
+    """What the fusion is made from, of good images uint8 (N, C, S, S)."""
+    good = GoodMaps()
+    for chunk in torch.split(held_out, SCORING_BATCH):
+        good.add(outputs(networks, chunk).maps)
+    return good
 
 
 def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, recipe: Recipe) -> tuple[float, ...]:
@@ -160,7 +165,7 @@ def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, 
     for chunk in torch.split(pixels, SCORING_BATCH):
         images = networks.standardisation(chunk.to(fusion.mean.device))
         damaged, _ = corrupt(images, probability=1.0, generator=generator)
-        damaged_pixels = (255 * networks.standardisation.intensities(damaged)).round().clamp(0, 255).byte()
+        damaged_pixels = networks.standardisation.pixels(damaged)
         for anomalous, batch in ((False, chunk), (True, damaged_pixels)):
             found_outputs = outputs(networks, batch)
             found[anomalous].append(table(found_outputs, fusion(found_outputs.maps)))
