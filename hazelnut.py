@@ -137,11 +137,39 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a checkpoint's scores over HTTP. All settings: docs/service.md."""
+    from service.forking import begin_forking
+
+    begin_forking()
     from service.app import serve as serve_app
     from service.settings import load_settings
 
     with _errors():
         serve_app(load_settings(checkpoint=checkpoint, host=host, port=port, device=device))
+
+
+@app.command()
+def publish(
+    checkpoint: CheckpointFolder,
+    models: Annotated[Path, typer.Argument(help="The folder that a service serves.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Of the product.", show_default="of the checkpoint")] = None,
+) -> None:
+    """Put a checkpoint among those that a service serves, as the next version of its product."""
+    from service.publishing import publish as publish_checkpoint
+
+    with _errors():
+        folder = publish_checkpoint(checkpoint, models, name=name)
+    typer.echo(f"published: {folder}")
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is; the log shows it.", show_default=False)]) -> None:
+    """Make an API key: its line for the file of keys on stdout, the key itself on stderr."""
+    from service.security import new_key
+
+    with _errors():
+        made, line = new_key(name)
+    typer.echo(line)
+    typer.echo(f"key: {made}\nThis is the only time it is shown: the file of keys has its hash alone.", err=True)
 
 
 @app.command()

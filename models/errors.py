@@ -9,6 +9,7 @@ HazelnutError
 │   ├── ImageAnimatedError      image_animated     more than one frame or page
 │   ├── ImageTooLargeError      image_too_large    more pixels than the limit
 │   ├── ImageModeError          image_mode         a pixel type without a rule (32-bit float, say)
+│   ├── ImageUnreadableError    image_unreadable   decoding it crashes, or takes too long or too much memory
 │   └── ImageFailedError        image_failed       scoring it failed, and not for want of the others
 ├── CheckpointError             a checkpoint that cannot be read, or is not what it says
 ├── CalibrationError            too few good images, or an alpha that their number cannot resolve
@@ -55,6 +56,10 @@ class ImageTooLargeError(ImageError):
 
 class ImageModeError(ImageError):
     code = "image_mode"
+
+
+class ImageUnreadableError(ImageError):
+    code = "image_unreadable"
 
 
 class ImageFailedError(ImageError):

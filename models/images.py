@@ -56,6 +56,7 @@ PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # per pixel, by colour type; one in the others
 ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
 # In coded data 0xFF comes before 0 or a restart mark, and before a marker it may be repeated.
 JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
+HUFFMAN_FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}  # of the others, arithmetic coding needs less than a bit
 GRAY_MODES = {"1", "L", "LA", "La"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"}
 GRAY_16_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
@@ -193,10 +194,26 @@ def _check_jpeg(data: bytes) -> None:
     position = 2
     while marker := JPEG_MARKER.search(data, position):
         position = marker.end()
-        if marker[0] == b"\xff\xd9":
-            return
+        # Every block has a bit at least, for its mean. Where there are more blocks, most of the image is not there.
+        if marker[0] == b"\xff\xd9" or (marker[0] in HUFFMAN_FRAMES and 8 * len(data) < _jpeg_blocks(data, position)):
+            break
         position += int.from_bytes(data[position : position + 2], "big")
-    raise ImageTruncatedError("the JPEG ends before its image does.")
+    if marker is None or marker[0] != b"\xff\xd9":
+        raise ImageTruncatedError("the JPEG ends before its image does.")
+
+
+def _jpeg_blocks(data: bytes, position: int) -> int:
+    """How many blocks of 8 x 8 samples a frame has, whose header is at that position; 0 where it makes no sense."""
+    try:
+        height, width, components = struct.unpack_from(">HHB", data, position + 3)
+        factors = [data[position + 9 + 3 * index] for index in range(components)]
+    except (struct.error, IndexError):
+        return 0
+    across, down = max((each >> 4 for each in factors), default=0), max((each & 15 for each in factors), default=0)
+    if not across or not down:
+        return 0
+    units: int = math.ceil(width / (8 * across)) * math.ceil(height / (8 * down))
+    return units * sum((each >> 4) * (each & 15) for each in factors)
 
 
 def _check_tiff(data: bytes) -> None:

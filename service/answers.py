@@ -14,7 +14,6 @@ from PIL import Image
 from models.errors import ImageError
 from models.overlay import overlay
 from models.scoring import MapArray, regions, resize_map
-from service.decoding import Decoder
 from service.forms import Upload
 from service.registry import ServedModel
 from service.schemas import (
@@ -27,18 +26,18 @@ from service.schemas import (
     NamedScores,
     RegionBox,
 )
-from service.scoring import Outcome, Verdict
+from service.scoring import Outcome, Running, Verdict
 from service.telemetry import Telemetry
 
 
 async def answer_parts(
+    running: Running,
     model: ServedModel,
     uploads: list[Upload],
     outcomes: list[Outcome],
     *,
     map_format: MapFormat,
     alpha: float,
-    telemetry: Telemetry,
 ) -> AsyncIterator[bytes]:
     """The pieces of a ScoreAnswer in JSON. Each image's is made off the event loop, when it is its turn."""
     head = _answering_model(model, alpha)
@@ -48,7 +47,10 @@ async def answer_parts(
             problem = ImageProblem(code=outcome.code, message=str(outcome))
             part = ImageResult(filename=upload.filename, error=problem).model_dump_json().encode()
         else:
-            picture = await _picture(model.decoder, upload, outcome) if map_format == "overlay" else None
+            picture = None
+            if map_format == "overlay":
+                width, height = map_size(outcome.width, outcome.height)
+                picture = await running.decoder.picture(upload.data, width=width, height=height)
             part = await asyncio.to_thread(
                 _result_json,
                 upload.filename,
@@ -56,7 +58,7 @@ async def answer_parts(
                 map_format=map_format,
                 level=head.map_level,
                 picture=picture,
-                telemetry=telemetry,
+                telemetry=running.telemetry,
             )
         yield b"," + part if index else part
     yield b"]}"
@@ -66,17 +68,13 @@ def _answering_model(model: ServedModel, alpha: float) -> AnsweringModel:
     calibration = model.calibration
     return AnsweringModel(
         name=model.name,
+        version=model.version,
         sha256=model.checkpoint.weights_sha256,
         alpha=alpha,
         map_level=calibration.map_level(alpha),
         calibration_images=calibration.n,
         smallest_alpha=calibration.smallest_alpha,
     )
-
-
-async def _picture(decoder: Decoder, upload: Upload, verdict: Verdict) -> Image.Image:
-    width, height = map_size(verdict.width, verdict.height)
-    return await decoder.picture(upload.data, width=width, height=height)
 
 
 def _result_json(
@@ -122,9 +120,9 @@ def _map_image(
     anomaly_map = resize_map(verdict.anomaly_map, width=width, height=height)
     if picture is not None:
         boxes = regions(verdict.anomaly_map, level=level, width=width, height=height)
-        data = _png(overlay(picture, anomaly_map, level=level, regions=boxes))
+        data = png_bytes(overlay(picture, anomaly_map, level=level, regions=boxes))
     elif map_format == "png":
-        data = _png(_gray(anomaly_map, level))
+        data = png_bytes(_gray(anomaly_map, level))
     else:
         data = anomaly_map.astype("<f4").tobytes()
     return MapImage(format=map_format, width=width, height=height, data=base64.b64encode(data).decode("ascii"))
@@ -135,7 +133,7 @@ def _gray(anomaly_map: MapArray, level: float) -> Image.Image:
     return Image.fromarray(np.clip(scaled, 0, 255).round().astype(np.uint8))
 
 
-def _png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)  # four times faster than the default, a third larger
     return file.getvalue()

@@ -7,8 +7,11 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars
 
+from service.draining import Drain
 from service.errors import ServiceError, error_response, logger
+from service.logs import log_request
 from service.telemetry import Telemetry, route_template
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -23,17 +26,23 @@ class RequestMiddleware:
     client's leaving from the routes.
     """
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, drain: Drain) -> None:
         self.app = app
         self.telemetry = telemetry
+        self.drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        with self.drain.request():
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        bind_contextvars(request_id=request_id)  # for the log; each request runs in a context of its own
         status: int | None = None
         start = time.perf_counter()
 
@@ -58,6 +67,15 @@ class RequestMiddleware:
             route = route_template(scope.get("route"), scope["path"], PAGES)
             seconds = time.perf_counter() - start
             self.telemetry.request_ended(route, scope["method"], status=status, seconds=seconds)
+            log_request(
+                method=scope["method"],
+                route=route,
+                path=scope["path"],
+                status=status,
+                seconds=seconds,
+                key_name=scope["state"].get("key_name"),
+                images=scope["state"].get("images"),
+            )
 
 
 class BodyLimitMiddleware:

@@ -1,50 +1,332 @@
-"""A checkpoint made ready to serve: on its device, warm, with its decoder and its batcher."""
+"""The models that are served: what is on disk, what of it is in memory, and which version answers.
+
+    CHECKPOINT/model.json                one product, named by its checkpoint, version 1
+    CHECKPOINT/<name>/<version>/...      many: names in lower case, versions whole numbers, of which the highest answers
+
+The folder is looked at again and again. A version is read, checked and warmed in a thread of its own and only then
+takes over; one that fails is reported, and the version before it goes on. Requests keep the model that they began with.
+"""
 
 import asyncio
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from models.calibration import Calibration
-from models.checkpoint import Checkpoint
+from models.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint, load_checkpoint
 from models.errors import CheckpointError
 from models.scoring import Scorer, choose_device
-from service.batching import Batcher
-from service.decoding import Decoder
+from service.drift import Drift
+from service.errors import ServiceError, logger, shown
 from service.settings import Settings
 from service.telemetry import Telemetry
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
+    """A version in memory, on its device and warm."""
+
     name: str
+    version: int
     checkpoint: Checkpoint
-    device: torch.device
-    decoder: Decoder
-    batcher: Batcher
+    scorer: Scorer
+    drift: Drift
 
     @property
     def calibration(self) -> Calibration:
         return self.checkpoint.calibration
 
+
+@dataclass(frozen=True)
+class Found:
+    """A version on disk. product: None where the folder is the only one, whose checkpoint says its name."""
+
+    folder: Path
+    product: str | None
+    version: int
+    size: int  # bytes of its weights
+    stamp: tuple[int, ...]  # another one: it was replaced
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """What is kept of a version that was in memory once."""
+
+    name: str
+    sha256: str
+    calibration: Calibration
+    drift: Drift
+
+
+@dataclass(eq=False)
+class Version:
+    """What is known of a version. Its model leaves memory when others need the room, and comes back when asked for."""
+
+    found: Found
+    name: str
+    model: ServedModel | None = None
+    known: About | None = None
+    problem: str | None = None  # why it cannot be served
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def about(self) -> About:
+        """Of one that has been in memory, as every one has that answers."""
+        assert self.known is not None
+        return self.known
+
+
+class Registry:
+    """Reading and forgetting happen in one thread, `loading`; the event loop only looks up."""
+
+    def __init__(self, settings: Settings, telemetry: Telemetry, *, given: Checkpoint | None = None) -> None:
+        """given: serve this one, whatever is on disk. Raises CheckpointError where there is nothing to serve, and
+        ConfigError for a device that is not there.
+        """
+        self._root = settings.checkpoint
+        self._room = settings.model_bytes
+        self._device = choose_device(settings.device)
+        self._telemetry = telemetry
+        self._versions: dict[Path, Version] = {}
+        self._answering: dict[str, Version] = {}  # by the product's name
+        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading")
+        self._look_now = asyncio.Event()
+        self._forget = False
+        self._watched = given is None
+        telemetry.running_on(self._device)
+        if given is not None:
+            found = Found(self._root, product=None, version=1, size=0, stamp=())
+            version = Version(found, name=checkpoint_name(given))
+            self._made_ready(version, given)
+            self._versions[self._root] = version
+            self._take_over(version)
+        else:
+            self._first_look()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def answering(self) -> list[Version]:
+        """The version of each product that answers where none is asked for, by name."""
+        return [self._answering[name] for name in sorted(self._answering)]
+
+    def versions(self, name: str) -> list[int]:
+        return sorted(version.found.version for version in list(self._versions.values()) if version.name == name)
+
+    def problem(self, name: str) -> str | None:
+        """Why a version on disk is not served, of the highest that is not."""
+        refused = [each for each in list(self._versions.values()) if each.name == name and each.problem]
+        return max(refused, key=lambda each: each.found.version).problem if refused else None
+
+    async def get(self, wanted: str | None) -> ServedModel:
+        """The model for NAME, NAME:VERSION or, where there is one product, None. Reads it where it is not in memory.
+
+        Raises ServiceError: model_required, model_unknown, model_unavailable.
+        """
+        return (await self.get_version(wanted))[1]
+
+    async def get_version(self, wanted: str | None) -> tuple[Version, ServedModel]:
+        """The same, with what is known of it."""
+        version = self._looked_up(wanted)
+        version.used = time.monotonic()
+        if version.model is not None:
+            return version, version.model
+        loop = asyncio.get_running_loop()
+        try:
+            return version, await loop.run_in_executor(self._loading, self._back_in_memory, version)
+        except CheckpointError as error:
+            raise ServiceError("model_unavailable", f"model {shown(wanted or version.name)}: {error}") from error
+
+    def _looked_up(self, wanted: str | None) -> Version:
+        if wanted is None:
+            if len(self._answering) == 1:
+                return next(iter(self._answering.values()))
+            raise ServiceError("model_required", f"several models are served: name one of {self._names()}.")
+        if wanted in self._answering:
+            return self._answering[wanted]
+        name, _, number = wanted.rpartition(":")
+        for version in list(self._versions.values()):
+            if version.name == name and str(version.found.version) == number:
+                return version
+        if name in self._answering:
+            numbers = ", ".join(map(str, self.versions(name)))
+            raise ServiceError("model_unknown", f"there is no model {shown(wanted)}: {name} has versions {numbers}.")
+        raise ServiceError("model_unknown", f"there is no model {shown(wanted)}: allowed are {self._names()}.")
+
+    def _names(self) -> str:
+        names = sorted(self._answering)
+        return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+    def look_now(self, *, forget: bool) -> None:
+        """Have `watch` look at once. forget: versions that are gone from disk are served no more."""
+        self._forget |= forget
+        self._look_now.set()
+
+    async def watch(self, seconds: float) -> None:
+        """Look at the folder every so many seconds, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while self._watched:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._look_now.wait()
+            except TimeoutError:
+                pass
+            self._look_now.clear()
+            forget, self._forget = self._forget, False
+            try:
+                await loop.run_in_executor(self._loading, self.look, forget)
+            except Exception:  # noqa: BLE001 - whatever it is, what is in memory goes on
+                logger.exception("looking for models failed")
+
     def close(self) -> None:
-        self.decoder.close()
-        self.batcher.close()
+        self._loading.shutdown(cancel_futures=True)
+
+    # What follows runs in the thread `loading`, or before there is one.
+
+    def _first_look(self) -> None:
+        try:
+            self._look_at(list(_scan(self._root)))
+        except OSError as error:
+            raise CheckpointError(f"cannot read the checkpoint {self._root}: {error}.") from error
+        problems = [version.problem for version in self._versions.values() if version.problem]
+        if not self._answering and problems:
+            raise CheckpointError(problems[0])
+        if not self._answering:
+            raise CheckpointError(
+                f"{self._root} has no checkpoint: allowed is a folder with {RECORD_FILE} in it, or one of folders "
+                "NAME/VERSION with such, names in lower case, versions whole numbers."
+            )
+
+    def look(self, forget: bool) -> None:
+        """Bring the newest version of each product into service, if it can be."""
+        try:
+            found = list(_scan(self._root))
+        except OSError as error:
+            logger.warning("cannot look for models in %s: %s", self._root, error)
+            return
+        if forget:
+            self._drop_all_but({each.folder for each in found})
+        self._look_at(found)
+
+    def _look_at(self, found: list[Found]) -> None:
+        for each in found:
+            known = self._versions.get(each.folder)
+            if known is None or known.found.stamp != each.stamp:
+                self._versions[each.folder] = Version(each, name=each.product or (known.name if known else ""))
+        for name, versions in self._by_product().items():
+            self._bring_up(name, versions)
+
+    def _by_product(self) -> dict[str, list[Version]]:
+        """The versions of each, highest first."""
+        products: dict[str, list[Version]] = {}
+        for version in sorted(self._versions.values(), key=lambda version: -version.found.version):
+            products.setdefault(version.name, []).append(version)
+        return products
+
+    def _bring_up(self, name: str, versions: list[Version]) -> None:
+        for version in versions:
+            if self._answering.get(name) is version:
+                return
+            if version.problem is None and self._try(version):
+                self._take_over(version)
+                return
+
+    def _try(self, version: Version) -> bool:
+        try:
+            self._back_in_memory(version)
+        except CheckpointError as error:
+            if self._answering or version.found.product:  # otherwise the start fails, and says so
+                logger.error("version %d in %s is not served: %s", version.found.version, version.found.folder, error)
+            self._telemetry.model_refused()
+            return False
+        return True
+
+    def _back_in_memory(self, version: Version) -> ServedModel:
+        """Raises CheckpointError, which is kept as the version's problem."""
+        if version.model is not None:
+            return version.model
+        self._make_room(version.found.size)
+        try:
+            return self._made_ready(version, load_checkpoint(version.found.folder))
+        except CheckpointError as error:
+            version.problem = str(error)
+            raise
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(f"{version.found.folder} does not fit into the device's memory.") from error
+
+    def _made_ready(self, version: Version, checkpoint: Checkpoint) -> ServedModel:
+        version.name = version.found.product or checkpoint_name(checkpoint)
+        scorer = warm_scorer(checkpoint, self._device)
+        calibration = checkpoint.calibration
+        drift = version.known.drift if version.known else Drift(calibration.n)
+        version.known = About(version.name, checkpoint.weights_sha256, calibration, drift)
+        version.model = ServedModel(version.name, version.found.version, checkpoint, scorer, drift)
+        return version.model
+
+    def _take_over(self, version: Version) -> None:
+        number, drift = version.found.version, version.about.drift
+        self._telemetry.model_answers(version.name, version=number, drift=drift)
+        if version.found.product is None:
+            self._answering = {version.name: version}
+        else:
+            self._answering[version.name] = version
+        logger.info("model %s, version %d answers", version.name, number)
+
+    def _make_room(self, size: int) -> None:
+        """Of those in memory the least recently used leave, until `size` more bytes fit."""
+        loaded = sorted((each for each in self._versions.values() if each.model), key=lambda each: each.used)
+        held = sum(each.found.size for each in {*loaded, *self._answering.values()} if each.model)
+        for version in loaded:
+            if held + size <= self._room:
+                return
+            version.model = None
+            held -= version.found.size
+            logger.info("model %s, version %d leaves memory", version.name, version.found.version)
+
+    def _drop_all_but(self, folders: set[Path]) -> None:
+        for folder in set(self._versions) - folders:
+            gone = self._versions.pop(folder)
+            if self._answering.get(gone.name) is gone:
+                del self._answering[gone.name]
+                logger.info("model %s, version %d is gone", gone.name, gone.found.version)
 
 
-def warm_scorer(checkpoint: Checkpoint, device: torch.device) -> Scorer:
-    """The checkpoint's scorer on its device, after one black image. Raises CheckpointError for one not to be served."""
-    model_name(checkpoint)
-    config = checkpoint.config
-    scorer = checkpoint.scorer(device)
-    black = torch.zeros(1, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
-    if not np.isfinite(scorer.score(black).scores).all():
-        raise CheckpointError("the checkpoint scores a black image with what is not a finite number.")
-    return scorer
+def _scan(root: Path) -> Iterator[Found]:
+    """The versions on disk. Names come from the disk and are checked; those of requests are only compared."""
+    if (root / RECORD_FILE).exists():
+        yield _found(root, product=None, version=1)
+        return
+    for product in sorted(root.iterdir()):
+        if not NAME.fullmatch(product.name) or not _is_folder(product):
+            continue
+        for version in product.iterdir():
+            whole = all((version / name).exists() for name in (RECORD_FILE, WEIGHTS_FILE))
+            if VERSION.fullmatch(version.name) and _is_folder(version) and whole:
+                yield _found(version, product=product.name, version=int(version.name))
 
 
-def model_name(checkpoint: Checkpoint) -> str:
+def _is_folder(path: Path) -> bool:
+    """Not a link: it could lead anywhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _found(folder: Path, *, product: str | None, version: int) -> Found:
+    status = [(folder / name).stat() for name in (RECORD_FILE, WEIGHTS_FILE)]
+    stamp = tuple(number for each in status for number in (each.st_mtime_ns, each.st_ino, each.st_size))
+    return Found(folder, product, version, size=status[1].st_size, stamp=stamp)
+
+
+def checkpoint_name(checkpoint: Checkpoint) -> str:
     """Raises CheckpointError where there is none."""
     name = checkpoint.origin.get("name")
     if not isinstance(name, str) or not name:
@@ -52,21 +334,11 @@ def model_name(checkpoint: Checkpoint) -> str:
     return name
 
 
-async def open_model(checkpoint: Checkpoint, *, settings: Settings, telemetry: Telemetry) -> ServedModel:
-    """Raises CheckpointError, and ConfigError for a device that is not there."""
-    device = choose_device(settings.device)
-    scorer = await asyncio.to_thread(warm_scorer, checkpoint, device)
-    name = model_name(checkpoint)
-    telemetry.model_loaded(name, device=device)
-    return ServedModel(
-        name=name,
-        checkpoint=checkpoint,
-        device=device,
-        decoder=Decoder(checkpoint.config, max_pixels=settings.max_pixels, telemetry=telemetry),
-        batcher=Batcher(
-            scorer.score,
-            max_images=settings.max_waiting,
-            max_bytes=settings.max_waiting_bytes,
-            telemetry=telemetry,
-        ),
-    )
+def warm_scorer(checkpoint: Checkpoint, device: torch.device) -> Scorer:
+    """The checkpoint's scorer on its device, after one black image. Raises CheckpointError for one not to be served."""
+    config = checkpoint.config
+    scorer = checkpoint.scorer(device)
+    black = torch.zeros(1, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
+    if not np.isfinite(scorer.score(black).scores).all():
+        raise CheckpointError("the checkpoint scores a black image with what is not a finite number.")
+    return scorer

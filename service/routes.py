@@ -1,36 +1,49 @@
 """The endpoints. Each says what comes in, what goes out and which errors it knows; the work is done elsewhere."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from models.calibration import Calibration
-from models.errors import CalibrationError, ImageError
+from models.errors import CalibrationError, ConfigError, ImageError
 from service.answers import answer_parts
-from service.batching import RETRY_SECONDS
-from service.clients import answered, received
-from service.errors import ServiceError, documented, shown
+from service.clients import answered, not_ready, received
+from service.draining import Drain
+from service.errors import ServiceError, documented, logger
 from service.forms import FIELD, read_uploads
-from service.registry import ServedModel
+from service.registry import Registry, Version
 from service.schemas import Health, ModelDetails, ModelList, ModelSummary, ScoreAnswer, ScoreQuery
-from service.scoring import score_uploads
+from service.scoring import Running, score_uploads
+from service.security import Keys, read_keys, require_key
 from service.settings import Settings
 from service.telemetry import Telemetry
 
 router = APIRouter()
+KEYED = [Depends(require_key)]
 
 
 @dataclass
 class Service:
-    """What the routes share; `app.state.service`. There is a model while the phase is ready, and only then."""
+    """What the routes share; `app.state.service`. It runs from start-up to shutdown."""
 
     settings: Settings
     telemetry: Telemetry
-    phase: Literal["starting", "ready", "draining"] = "starting"
-    model: ServedModel | None = None
+    registry: Registry
+    drain: Drain
+    keys: Keys | None  # None: whoever reaches the service may use it
+    running: Running | None = None
+
+    def look_again(self) -> None:
+        """At the folder of models and at the file of keys; what is wrong with them is logged, and nothing changes."""
+        self.registry.look_now(forget=True)
+        if self.settings.api_keys is not None:
+            try:
+                self.keys = read_keys(self.settings.api_keys)
+            except ConfigError as error:
+                logger.error("the keys stay as they were: %s", error)
 
 
 async def current_service(request: Request) -> Service:
@@ -38,17 +51,19 @@ async def current_service(request: Request) -> Service:
     return service
 
 
-async def ready_model(service: Annotated[Service, Depends(current_service)]) -> ServedModel:
-    if service.model is None:
-        headers = {"Retry-After": str(RETRY_SECONDS)}
-        raise ServiceError("not_ready", f"the service is {service.phase}: try again soon.", headers=headers)
-    return service.model
+async def ready_service(service: Annotated[Service, Depends(current_service)]) -> Running:
+    if service.drain.begun.is_set():
+        raise not_ready("stopping", close=True)
+    if service.running is None:
+        raise not_ready("starting", close=False)
+    return service.running
 
 
 AService = Annotated[Service, Depends(current_service)]
-AModel = Annotated[ServedModel, Depends(ready_model)]
+ARunning = Annotated[Running, Depends(ready_service)]
 
 FILE_SCHEMA = {"type": "string", "format": "binary", "contentMediaType": "application/octet-stream"}
+IMAGE_KINDS = ("png", "jpeg", "webp", "bmp", "tiff")
 SCORE_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -58,18 +73,19 @@ SCORE_BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": [FIELD],
+                    "additionalProperties": False,
                     "properties": {FIELD: {"type": "array", "minItems": 1, "items": FILE_SCHEMA}},
                 }
             },
-            "image/*": {"schema": FILE_SCHEMA},
+            **{f"image/{kind}": {"schema": FILE_SCHEMA} for kind in IMAGE_KINDS},
         },
     }
 }
 SCORE_ERRORS = (
-    "malformed_request", "no_files", "unknown_field", "not_a_file", "model_unknown", "body_too_large",
+    "unauthorized", "malformed_request", "no_files", "unknown_field", "not_a_file", "model_unknown", "body_too_large",
     "too_many_files", "image_too_large", "unsupported_media_type", "image_format", "image_animated", "image_mode",
-    "invalid_parameter", "alpha_out_of_range", "image_empty", "image_truncated", "image_corrupt", "image_failed",
-    "receive_timeout", "busy", "not_ready", "deadline",
+    "invalid_parameter", "model_required", "alpha_out_of_range", "image_empty", "image_truncated", "image_corrupt",
+    "image_unreadable", "image_failed", "receive_timeout", "busy", "not_ready", "model_unavailable", "deadline",
 )  # fmt: skip
 
 
@@ -79,46 +95,60 @@ SCORE_ERRORS = (
     response_class=Response,
     responses={200: {"model": ScoreAnswer, "description": "One result per image."}, **documented(*SCORE_ERRORS)},
     openapi_extra=SCORE_BODY,
+    dependencies=KEYED,
 )
-async def score(request: Request, query: Annotated[ScoreQuery, Query()], service: AService, model: AModel) -> Response:
+async def score(
+    request: Request, query: Annotated[ScoreQuery, Query()], service: AService, running: ARunning
+) -> Response:
     """Find what is unlike the good parts that the model has seen.
 
     Of several images, one that cannot be read has an `error` in its result and the others have theirs; an image sent
     alone that cannot be read is an error of the request.
     """
-    if query.model is not None:
-        _check_name(query.model, model)
+    model = await running.registry.get(query.model)
     alpha = _checked_alpha(query.alpha, model.calibration)
     limits = service.settings
+    with running.batcher.places(1, 0):
+        pass  # where not even one is left, the body need not be read
     with service.telemetry.stage("receive").time():
-        uploads = await received(read_uploads(request, max_files=limits.max_files), seconds=limits.receive_seconds)
-    scoring = score_uploads(model, uploads, alpha=alpha, telemetry=service.telemetry)
+        reading = read_uploads(request, max_files=limits.max_files)
+        uploads = await received(reading, seconds=limits.receive_seconds, drain=service.drain)
+    request.state.images = len(uploads)
+    scoring = score_uploads(running, model, uploads, alpha=alpha)
     outcomes = await answered(request, scoring, seconds=limits.answer_seconds)
     if len(outcomes) == 1 and isinstance(outcomes[0], ImageError):
         raise outcomes[0]
-    parts = answer_parts(model, uploads, outcomes, map_format=query.map, alpha=alpha, telemetry=service.telemetry)
+    parts = answer_parts(running, model, uploads, outcomes, map_format=query.map, alpha=alpha)
     if query.map == "none" or len(outcomes) == 1:
         return Response(b"".join([part async for part in parts]), media_type="application/json")
     return StreamingResponse(parts, media_type="application/json")
 
 
-@router.get("/models", summary="The models that are served", responses=documented("not_ready"))
-async def list_models(model: AModel) -> ModelList:
-    return ModelList(models=[_summary(model)])
+@router.get(
+    "/models",
+    summary="The models that are served",
+    responses=documented("unauthorized", "not_ready"),
+    dependencies=KEYED,
+)
+async def list_models(running: ARunning) -> ModelList:
+    registry = running.registry
+    return ModelList(models=[_summary(version, registry) for version in registry.answering()])
 
 
 @router.get(
     "/models/{name}",
     summary="A model in detail",
-    responses=documented("model_unknown", "invalid_parameter", "not_ready"),
+    responses=documented("unauthorized", "model_unknown", "invalid_parameter", "not_ready", "model_unavailable"),
+    dependencies=KEYED,
 )
-async def model_details(name: Annotated[str, Path(max_length=255)], model: AModel) -> ModelDetails:
-    _check_name(name, model)
+async def model_details(name: Annotated[str, Path(max_length=255)], running: ARunning) -> ModelDetails:
+    """The name may be NAME:VERSION."""
+    version, model = await running.registry.get_version(name)
     checkpoint = model.checkpoint
     return ModelDetails(
-        **_summary(model).model_dump(),
+        **_summary(version, running.registry).model_dump(),
         map_level=model.calibration.map_level(model.calibration.alpha),
-        device=str(model.device),
+        device=str(running.registry.device),
         config=asdict(checkpoint.config),
         origin=checkpoint.origin,
         metrics=checkpoint.metrics,
@@ -130,8 +160,8 @@ async def live() -> Health:
     return Health(status="live")
 
 
-@router.get("/health/ready", summary="The model is loaded and warm", responses=documented("not_ready"))
-async def ready(model: AModel) -> Health:  # noqa: ARG001 - the dependency is the check
+@router.get("/health/ready", summary="The models are loaded and warm", responses=documented("not_ready"))
+async def ready(running: ARunning) -> Health:  # noqa: ARG001 - the dependency is the check
     return Health(status="ready")
 
 
@@ -146,11 +176,6 @@ async def home() -> RedirectResponse:
     return RedirectResponse("docs")
 
 
-def _check_name(name: str, model: ServedModel) -> None:
-    if name != model.name:
-        raise ServiceError("model_unknown", f"there is no model {shown(name)}: allowed is {shown(model.name)}.")
-
-
 def _checked_alpha(wanted: float | None, calibration: Calibration) -> float:
     try:
         return calibration.chosen_alpha(wanted)
@@ -158,11 +183,16 @@ def _checked_alpha(wanted: float | None, calibration: Calibration) -> float:
         raise ServiceError("alpha_out_of_range", str(error)) from error
 
 
-def _summary(model: ServedModel) -> ModelSummary:
+def _summary(version: Version, registry: Registry) -> ModelSummary:
+    about = version.about
     return ModelSummary(
-        name=model.name,
-        sha256=model.checkpoint.weights_sha256,
-        alpha=model.calibration.alpha,
-        calibration_images=model.calibration.n,
-        smallest_alpha=model.calibration.smallest_alpha,
+        name=about.name,
+        version=version.found.version,
+        sha256=about.sha256,
+        alpha=about.calibration.alpha,
+        calibration_images=about.calibration.n,
+        smallest_alpha=about.calibration.smallest_alpha,
+        versions=registry.versions(about.name),
+        in_memory=version.model is not None,
+        problem=registry.problem(about.name),
     )

@@ -25,12 +25,18 @@ class ScoreQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(default=None, description="Name of the model; default: the one that is served.")
+    model: str | None = Field(
+        default=None,
+        max_length=255,
+        description="NAME of a model, or NAME:VERSION for another version than the one that answers. May be left out "
+        "where there is one.",
+    )
     map: MapFormat = Field(default="none", description="The form in which each image's anomaly map is wanted.")
     alpha: float | None = Field(
         default=None,
         description="Share of good parts that may be called anomalous, from the model's smallest_alpha up to, but "
         "not including, 1. Default: the model's own.",
+        json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1},
     )
 
 
@@ -94,7 +100,8 @@ class ImageResult(BaseModel):
     error: ImageProblem | None = Field(default=None, description="Why the image was not scored; null if it was.")
 
 
-ModelName = Annotated[str, Field(description="Taken from the checkpoint.")]
+ModelName = Annotated[str, Field(description="Of the checkpoint's folder, or as the checkpoint says.")]
+ModelVersion = Annotated[int, Field(ge=1, description="Of the folder; 1 where there is none.")]
 Sha256 = Annotated[str, Field(description="Of the weights, in hexadecimal.")]
 CalibrationImages = Annotated[int, Field(description="Number n of held-out good images that p-values count.")]
 SmallestAlpha = Annotated[float, Field(description="1 / (n + 1): n images resolve no smaller one.")]
@@ -104,6 +111,7 @@ class AnsweringModel(BaseModel):
     """The model behind an answer, and the level at which it was asked."""
 
     name: ModelName
+    version: ModelVersion
     sha256: Sha256
     alpha: float = Field(description="The alpha of this answer: the request's, or the model's own.")
     map_level: float = Field(
@@ -120,10 +128,14 @@ class ScoreAnswer(BaseModel):
 
 class ModelSummary(BaseModel):
     name: ModelName
+    version: ModelVersion
     sha256: Sha256
     alpha: float = Field(description="Used where a request names none.")
     calibration_images: CalibrationImages
     smallest_alpha: SmallestAlpha
+    versions: list[int] = Field(description="All that can be asked for.")
+    in_memory: bool = Field(description="Otherwise it is read when it is asked for.")
+    problem: str | None = Field(description="Why a version on disk is not served; null if all are.")
 
 
 class ModelList(BaseModel):

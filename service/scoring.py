@@ -5,9 +5,21 @@ from dataclasses import dataclass
 
 from models.errors import ImageError
 from models.scoring import MapArray
+from service.batching import Batcher
+from service.decoding import Decoder
 from service.forms import Upload
-from service.registry import ServedModel
+from service.registry import Registry, ServedModel
 from service.telemetry import Telemetry
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """What a service has from the moment that it is ready."""
+
+    registry: Registry
+    decoder: Decoder
+    batcher: Batcher
+    telemetry: Telemetry
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +38,19 @@ class Verdict:
 Outcome = Verdict | ImageError
 
 
-async def score_uploads(
-    model: ServedModel, uploads: list[Upload], *, alpha: float, telemetry: Telemetry
-) -> list[Outcome]:
+async def score_uploads(running: Running, model: ServedModel, uploads: list[Upload], *, alpha: float) -> list[Outcome]:
     """One outcome per upload, in order: a bad image never fails its neighbours. Raises BusyError.
 
     Cancelled, it gives up what is not on the device yet.
     """
-    with model.batcher.places(len(uploads), sum(len(upload.data) for upload in uploads)):
-        outcomes = await asyncio.gather(*(_outcome(model, upload.data, alpha=alpha) for upload in uploads))
+    with running.batcher.places(len(uploads), sum(len(upload.data) for upload in uploads)):
+        outcomes = await asyncio.gather(*(_outcome(running, model, upload.data, alpha=alpha) for upload in uploads))
     for outcome in outcomes:
         if isinstance(outcome, ImageError):
-            telemetry.image_refused(outcome.code)
+            running.telemetry.image_refused(outcome.code)
         else:
-            telemetry.image_scored(
+            model.drift.add(outcome.p_value)
+            running.telemetry.image_scored(
                 model.name,
                 anomaly_score=outcome.anomaly_score,
                 p_value=outcome.p_value,
@@ -48,10 +59,10 @@ async def score_uploads(
     return outcomes
 
 
-async def _outcome(model: ServedModel, data: bytes, *, alpha: float) -> Outcome:
+async def _outcome(running: Running, model: ServedModel, data: bytes, *, alpha: float) -> Outcome:
     try:
-        image = await model.decoder.decode(data)
-        scored = await model.batcher.score(image.pixels)
+        image = await running.decoder.decode(data, model.checkpoint.config)
+        scored = await running.batcher.score(model.scorer, image.pixels)
     except ImageError as error:
         return error
     scores, index = scored.batch, scored.index

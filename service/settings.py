@@ -20,7 +20,7 @@ class Settings(BaseSettings):
 
     checkpoint: Path = Field(
         default=DEFAULT_CHECKPOINT,
-        description="Folder of the checkpoint to serve. Default: the demo model that ships, checkpoints/demo.",
+        description="Folder of a checkpoint, or of many: NAME/VERSION in it. Default: the demo model that ships.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every one.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -43,11 +43,35 @@ class Settings(BaseSettings):
         ge=1,
         description="How many bytes the uploads that wait for their scores may have together. One comes in alone.",
     )
+    model_bytes: int = Field(
+        default=2 * 2**30,
+        ge=1,
+        description="How many bytes the weights of the models in memory may have together; those that were not asked "
+        "for the longest leave first.",
+    )
+    look_seconds: float = Field(
+        default=5.0, gt=0, description="How often new versions are looked for in the folder of checkpoints."
+    )
+    header_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="How long the headers of a request may take to arrive; then the connection is cut.",
+    )
     receive_seconds: float = Field(
         default=30.0, gt=0, description="How long a request may take to arrive; slower clients are refused."
     )
     answer_seconds: float = Field(
         default=30.0, gt=0, description="How long an image may take from its arrival to its scores."
+    )
+    send_seconds: float = Field(
+        default=30.0, gt=0, description="How long a client may leave its answer unread; then the connection is cut."
+    )
+    drain_seconds: float = Field(
+        default=30.0, gt=0, description="How long the answers on their way may take when the service is told to stop."
+    )
+    api_keys: Path | None = Field(
+        default=None,
+        description="File of the keys' hashes, made by `hazelnut key`. Default: none, for a loopback address alone.",
     )
 
     @model_validator(mode="after")

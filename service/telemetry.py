@@ -3,18 +3,22 @@
 Labels come from closed sets alone: whatever clients send, the number of series stays what it is.
 """
 
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from service.drift import Drift
 from service.errors import IMAGE_ERRORS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-STAGES = ("receive", "decode", "queue", "device", "encode")
+STAGES = ("receive", "wait", "decode", "queue", "device", "encode")
 NO_ANSWER = "none"  # status class where the client left before an answer
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -89,20 +93,67 @@ class Telemetry:
         self.images_waiting = Gauge(
             "hazelnut_images_waiting", "Images received and not yet scored.", registry=self.registry
         )
+        self.queue_age = Gauge(
+            "hazelnut_queue_age_seconds", "How long the oldest image has waited for the device.", registry=self.registry
+        )
+        self._decoders_lost = Counter(
+            "hazelnut_decoders_lost_total",
+            "Decoding processes that were replaced because they died or took too long.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._drift = Gauge(
+            "hazelnut_drift",
+            "Kolmogorov-Smirnov distance of the last p-values from those of good parts; NaN before the first.",
+            ["model"],
+            registry=self.registry,
+        )
+        self._drift_images = Gauge(
+            "hazelnut_drift_images",
+            "Images that hazelnut_drift rests on, at most 1000.",
+            ["model"],
+            registry=self.registry,
+        )
+        self._model_version = Gauge(
+            "hazelnut_model_version", "The version that answers.", ["model"], registry=self.registry
+        )
+        self._models_refused = Counter(
+            "hazelnut_models_refused_total", "Versions on disk that could not be served.", registry=self.registry
+        )
+        self._device_memory = Gauge(
+            "hazelnut_device_memory_bytes",
+            "Memory in use on the device, by whatever process; on a CPU, of this process.",
+            registry=self.registry,
+        )
         self._build = Info("hazelnut_build", "What is running.", registry=self.registry)
         ProcessCollector(registry=self.registry)
         for stage in STAGES:
             self._stage_seconds.labels(stage)
         for reason in IMAGE_ERRORS:
             self._image_errors.labels(reason)
+        for reason in ("died", "slow"):
+            self._decoders_lost.labels(reason)
 
-    def model_loaded(self, name: str, *, device: torch.device) -> None:
-        """Let the model's series begin at zero: a rate needs the sample before the first image."""
+    def running_on(self, device: torch.device) -> None:
         self._build.info({"version": package_version(), "torch": torch.__version__, "device": str(device)})
+        self._device_memory.set_function(lambda: memory_in_use(device))
+
+    def model_answers(self, name: str, *, version: int, drift: Drift) -> None:
+        """Let the model's series begin at zero: a rate needs the sample before the first image."""
         for verdict in ("normal", "anomalous"):
             self._images.labels(name, verdict)
         self._anomaly_score.labels(name)
         self._p_value.labels(name)
+        self._model_version.labels(name).set(version)
+        self._drift.labels(name).set_function(drift.distance)
+        self._drift_images.labels(name).set_function(drift.images)
+
+    def model_refused(self) -> None:
+        self._models_refused.inc()
+
+    def decoder_lost(self, reason: str) -> None:
+        """reason: died or slow."""
+        self._decoders_lost.labels(reason).inc()
 
     def request_ended(self, route: str, method: str, *, status: int | None, seconds: float) -> None:
         """route: a template, never a path. status: None where the client left before an answer."""
@@ -142,6 +193,17 @@ class _WithoutCreated(Collector):
         for metric in self.registry.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Bytes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    if sys.platform != "linux":
+        return float("nan")
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def route_template(matched: object, path: str, pages: Iterable[str]) -> str:

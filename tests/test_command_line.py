@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from hazelnut import app
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from service.security import read_keys
 from tests.conftest import png
 from training.config import Recipe
 
@@ -119,4 +120,24 @@ def test_serve_reads_its_flags_from_the_environment(monkeypatch, tmp_path):
     assert result.exit_code == 1
     assert f"cannot read the checkpoint {tmp_path / 'nowhere'}" in result.stderr
     monkeypatch.setenv("HAZELNUT_HOST", "no such host")
-    assert "cannot listen on no such host" in call("serve").stderr
+    assert "HAZELNUT_HOST is 'no such host'" in call("serve").stderr
+
+
+def test_publish_names_the_version_that_it_made(folder, tmp_path):
+    for version in (1, 2):
+        result = call("publish", folder, tmp_path / "models", "--name=bolt")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"published: {tmp_path / 'models' / 'bolt' / str(version)}\n"
+    refused = call("publish", folder, tmp_path / "models", "--name=Bolt")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("hazelnut: the name 'Bolt' does not do")
+
+
+def test_key_prints_a_line_for_the_file_and_the_key_beside_it(tmp_path):
+    result = call("key", "camera-1")
+    assert result.exit_code == 0, result.output
+    (tmp_path / "keys").write_text(result.stdout)
+    key = result.stderr.splitlines()[0].removeprefix("key: ")
+    assert read_keys(tmp_path / "keys").owner(key) == "camera-1"
+    assert key not in result.stdout
+    assert call("key", "camera 1").exit_code == 1

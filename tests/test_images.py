@@ -26,6 +26,7 @@ from models.errors import (
     ImageModeError,
     ImageTooLargeError,
     ImageTruncatedError,
+    ImageUnreadableError,
 )
 from models.images import decode_image, image_tensor
 from tests.golden.make import (
@@ -171,7 +172,34 @@ def test_a_file_that_is_not_taken_is_refused_by_its_reason(name):
 
 
 def test_every_reason_has_a_file():
-    assert {reason for _, reason in REFUSED.values()} | {ImageFailedError} == set(ImageError.__subclasses__())
+    of_the_service = {ImageUnreadableError, ImageFailedError}
+    assert {reason for _, reason in REFUSED.values()} | of_the_service == set(ImageError.__subclasses__())
+
+
+def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
+    """The same file, whose header names another size."""
+    frame = next(index for index in range(len(data)) if data[index : index + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    return data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 :]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_a_jpeg_that_claims_more_blocks_than_it_has_bits_is_truncated(options):
+    file = io.BytesIO()
+    Image.effect_noise((400, 300), 50).convert("RGB").save(file, "JPEG", **options)
+    started = time.process_time()
+    with pytest.raises(ImageTruncatedError):
+        decode_image(with_jpeg_size(file.getvalue(), 7000, 7000))
+    assert time.process_time() - started < 0.1, "libjpeg would take half a second"
+
+
+@pytest.mark.parametrize("size", [(8, 8), (401, 299), (4000, 3000)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"subsampling": 0}], ids=str)
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_of_one_colour_has_bits_enough(size, options, mode):
+    """The smallest files that there are for their size."""
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "JPEG", quality=1, **options)
+    assert decode_image(file.getvalue()).size == size
 
 
 def test_an_oversized_image_of_every_format_is_refused_before_it_is_decoded():

@@ -62,7 +62,7 @@ def run(test: Callable[[Batcher, Device], Coroutine[Any, Any, None]], *, gated: 
     async def whole() -> None:
         device = Device()
         device.gated = gated
-        batcher = Batcher(device.score, **{"max_images": 99, "max_bytes": 999, **limits}, telemetry=Telemetry())
+        batcher = Batcher(**{"max_images": 99, "max_bytes": 999, **limits}, telemetry=Telemetry())
         try:
             await asyncio.wait_for(test(batcher, device), 30)
         finally:
@@ -74,7 +74,7 @@ def run(test: Callable[[Batcher, Device], Coroutine[Any, Any, None]], *, gated: 
 
 def test_a_lone_image_is_scored_at_once_and_alone():
     async def test(batcher: Batcher, device: Device) -> None:
-        assert number_of(await batcher.score(image(7))) == 7
+        assert number_of(await batcher.score(device, image(7))) == 7
         assert device.batches == [[7]]
 
     run(test)
@@ -82,9 +82,9 @@ def test_a_lone_image_is_scored_at_once_and_alone():
 
 def test_images_that_wait_share_a_batch_up_to_the_largest():
     async def test(batcher: Batcher, device: Device) -> None:
-        first = asyncio.ensure_future(batcher.score(image(99)))
+        first = asyncio.ensure_future(batcher.score(device, image(99)))
         await until(lambda: device.batches)
-        crowd = [asyncio.ensure_future(batcher.score(image(number))) for number in range(14, 14 + 20)]
+        crowd = [asyncio.ensure_future(batcher.score(device, image(number))) for number in range(14, 14 + 20)]
         await asyncio.sleep(0)
         device.gate.release(3)
         assert [number_of(scored) for scored in await asyncio.gather(first, *crowd)] == [99, *range(14, 34)]
@@ -96,9 +96,9 @@ def test_images_that_wait_share_a_batch_up_to_the_largest():
 
 def test_an_image_whose_caller_left_is_never_scored():
     async def test(batcher: Batcher, device: Device) -> None:
-        first = asyncio.ensure_future(batcher.score(image(99)))
+        first = asyncio.ensure_future(batcher.score(device, image(99)))
         await until(lambda: device.batches)
-        leaving, staying = (asyncio.ensure_future(batcher.score(image(number))) for number in (1, 2))
+        leaving, staying = (asyncio.ensure_future(batcher.score(device, image(number))) for number in (1, 2))
         await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.sleep(0)
@@ -112,10 +112,10 @@ def test_an_image_whose_caller_left_is_never_scored():
 
 def test_of_a_batch_that_fails_only_the_image_at_fault_does():
     async def test(batcher: Batcher, device: Device) -> None:
-        first = asyncio.ensure_future(batcher.score(image(99)))
+        first = asyncio.ensure_future(batcher.score(device, image(99)))
         await until(lambda: device.batches)
         numbers = [1, 2, POISON, 4, 5]
-        waiting = [asyncio.ensure_future(batcher.score(image(number))) for number in numbers]
+        waiting = [asyncio.ensure_future(batcher.score(device, image(number))) for number in numbers]
         await asyncio.sleep(0)
         device.gate.release(100)
         await first
@@ -123,7 +123,7 @@ def test_of_a_batch_that_fails_only_the_image_at_fault_does():
         assert [number_of(one) for one in outcomes if isinstance(one, Scored)] == [1, 2, 4, 5]
         assert isinstance(outcomes[2], ImageFailedError)
         # The thread lives on.
-        assert number_of(await batcher.score(image(8))) == 8
+        assert number_of(await batcher.score(device, image(8))) == 8
 
     run(test, gated=True)
 
@@ -131,17 +131,18 @@ def test_of_a_batch_that_fails_only_the_image_at_fault_does():
 def test_a_device_that_is_out_of_memory_gets_smaller_batches_from_then_on():
     sizes: list[int] = []
 
-    def small_device(pixels: Tensor) -> Scores:
-        sizes.append(len(pixels))
-        if len(pixels) > 3:
-            raise torch.OutOfMemoryError("no more than three")
-        time.sleep(0.01)
-        return Device().score(pixels)
+    class SmallDevice(Device):
+        def score(self, pixels: Tensor) -> Scores:
+            sizes.append(len(pixels))
+            if len(pixels) > 3:
+                raise torch.OutOfMemoryError("no more than three")
+            time.sleep(0.01)
+            return super().score(pixels)
 
     async def test() -> None:
-        batcher = Batcher(small_device, max_images=99, max_bytes=999, telemetry=Telemetry())
+        batcher, device = Batcher(max_images=99, max_bytes=999, telemetry=Telemetry()), SmallDevice()
         for _ in range(2):
-            answers = await asyncio.gather(*(batcher.score(image(number)) for number in range(14, 42)))
+            answers = await asyncio.gather(*(batcher.score(device, image(number)) for number in range(14, 42)))
             assert [number_of(answer) for answer in answers] == list(range(14, 42))
         batcher.close()
 
@@ -194,8 +195,8 @@ def test_places_are_given_back_by_whoever_fails():
 
 
 def test_a_closed_batcher_first_scores_what_waits():
-    async def test(batcher: Batcher, _: Device) -> None:
-        waiting = [asyncio.ensure_future(batcher.score(image(number))) for number in range(40)]
+    async def test(batcher: Batcher, device: Device) -> None:
+        waiting = [asyncio.ensure_future(batcher.score(device, image(number))) for number in range(40)]
         await asyncio.sleep(0)
         await asyncio.to_thread(batcher.close)
         answers = await asyncio.gather(*waiting, return_exceptions=True)
@@ -212,8 +213,10 @@ class Requests(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.device = Device()
-        self.device.gated = True
+        self.devices = Device(), Device()  # two models: the even and the odd numbers
+        self.gate = threading.Semaphore(0)
+        for device in self.devices:
+            device.gate, device.gated = self.gate, True
         self.answers: dict[int, asyncio.Task[Scored]] = {}
         self.numbers: dict[int, int] = {}
         self.left: set[int] = set()
@@ -221,7 +224,7 @@ class Requests(RuleBasedStateMachine):
         self.batcher = self.runner.run(self._batcher())
 
     async def _batcher(self) -> Batcher:
-        return Batcher(self.device.score, max_images=9999, max_bytes=9999, telemetry=self.telemetry)
+        return Batcher(max_images=9999, max_bytes=9999, telemetry=self.telemetry)
 
     def _turn(self, condition: Callable[[], object] = lambda: True) -> None:
         async def turn() -> None:
@@ -237,7 +240,9 @@ class Requests(RuleBasedStateMachine):
             for number in numbers:
                 ids.append(len(self.answers))
                 self.numbers[ids[-1]] = number
-                self.answers[ids[-1]] = asyncio.ensure_future(self.batcher.score(image(number)))
+                self.answers[ids[-1]] = asyncio.ensure_future(
+                    self.batcher.score(self.devices[number % 2], image(number))
+                )
             await asyncio.sleep(0)
             return ids
 
@@ -252,7 +257,7 @@ class Requests(RuleBasedStateMachine):
 
     @rule(batches=st.integers(1, 4))
     def the_device_works(self, batches: int) -> None:
-        self.device.gate.release(batches)
+        self.gate.release(batches)
         self._turn()
 
     @invariant()
@@ -271,12 +276,14 @@ class Requests(RuleBasedStateMachine):
         with ExitStack() as stack:
             stack.callback(self.runner.close)
             stack.callback(self.batcher.close)
-            self.device.gate.release(100_000)
+            self.gate.release(100_000)
             self._turn(lambda: all(answer.done() for answer in self.answers.values()))
             for one, answer in self.answers.items():
                 assert answer.cancelled() == (one in self.left)
             self.answers_are_right_so_far()
-            assert max(map(len, self.device.batches), default=0) <= LARGEST_BATCH
+            for parity, device in enumerate(self.devices):
+                assert max(map(len, device.batches), default=0) <= LARGEST_BATCH
+                assert {number % 2 for batch in device.batches for number in batch} <= {parity}
 
 
 TestRequests = Requests.TestCase

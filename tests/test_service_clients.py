@@ -172,6 +172,55 @@ def test_a_request_that_arrives_in_pieces_and_in_time_is_answered(checkpoint):
     run(checkpoint, test)
 
 
+def test_a_drain_finishes_what_was_admitted_and_refuses_the_rest(checkpoint, device):
+    async def test(app: FastAPI) -> None:
+        drain = app.state.service.drain
+        device.gate.clear()
+        admitted, slow = Client(app), Client(app)
+        admitted.send(DATA)
+        slow.send(DATA[:100], more=True)
+        await until(lambda: waiting(app) == 1)
+        await asyncio.sleep(0.01)
+        drain.begin()
+        finished = asyncio.ensure_future(drain.finished())
+        for refused in (slow, late := Client(app)):
+            if refused is late:
+                late.send(DATA)
+            status, headers, answer = await refused.answer()
+            assert (status, answer["error"]["code"]) == (503, "not_ready")
+            assert int(headers[b"retry-after"]) >= 1
+            assert headers[b"connection"] == b"close"
+        await asyncio.sleep(0.05)
+        assert not finished.done()
+        device.gate.set()
+        status, _, answer = await admitted.answer()
+        assert (status, answer["results"][0]["error"]) == (200, None)
+        await asyncio.wait_for(finished, 20)
+
+    run(checkpoint, test)
+
+
+def test_a_drain_with_nothing_to_finish_is_over_at_once(checkpoint):
+    async def test(app: FastAPI) -> None:
+        drain = app.state.service.drain
+        assert not drain.begun.is_set()
+        drain.begin()
+        await asyncio.wait_for(drain.finished(), 20)
+
+    run(checkpoint, test)
+
+
+def test_a_body_is_not_read_where_nothing_fits(checkpoint):
+    async def test(app: FastAPI) -> None:
+        with app.state.service.running.batcher.places(64, 10):
+            client = Client(app)  # which sends nothing
+            status, headers, answer = await client.answer()
+        assert (status, answer["error"]["code"]) == (503, "busy")
+        assert int(headers[b"retry-after"]) >= 1
+
+    run(checkpoint, test)
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_upload_costs_nothing(checkpoint, device):
     async def test(app: FastAPI) -> None:
         device.batches.clear()

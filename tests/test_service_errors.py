@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from models import errors as model_errors
 from models.checkpoint import Checkpoint
 from service.app import create_app
+from service.draining import Drain
 from service.errors import ERRORS
 from service.middleware import RequestMiddleware
 from service.settings import Settings
@@ -111,7 +112,7 @@ def test_image_that_cannot_be_read_is_a_result_among_several(client, code):
 def test_every_image_error_of_the_library_has_a_status():
     classes = [each for each in vars(model_errors).values() if isinstance(each, type)]
     codes = {each.code for each in classes if issubclass(each, model_errors.ImageError)} - {"image"}
-    assert codes == set(IMAGES) | {"image_failed"}  # of which no bytes of a client make one
+    assert codes == set(IMAGES) | {"image_failed", "image_unreadable"}  # which no bytes of a client make
     assert codes <= set(ERRORS)
 
 
@@ -153,7 +154,7 @@ CASES = {
     "no path": Case("not_found", path="/scores", says="'/scores'"),
     "slash": Case("not_found", path="/score/"),
     "host": Case("not_found", path="/x", headers={"Host": "["}),
-    "model": Case("model_unknown", path="/score?model=bolt", says="'bolt': allowed is 'nut'"),
+    "model": Case("model_unknown", path="/score?model=bolt", says="'bolt': allowed are nut"),
     "no model": Case("model_unknown", method="GET", path="/models/bolt", says="'bolt'"),
     "long model": Case("invalid_parameter", method="GET", path="/models/" + "x" * 256, says="255"),
     "get": Case("method_not_allowed", method="GET", says="allowed are POST"),
@@ -222,7 +223,7 @@ def test_busy_when_too_many_images_wait(checkpoint):
     app = create_app(Settings(max_files=2, max_waiting=2), checkpoint=checkpoint)
     two = [("files", ("a.png", png()))] * 2
     with TestClient(app) as client:
-        batcher = app.state.service.model.batcher
+        batcher = app.state.service.running.batcher
         with batcher.places(1, 10):
             assert client.post("/score", files=two[:1]).status_code == 200
             response = client.post("/score", files=two)
@@ -237,7 +238,7 @@ def test_busy_when_too_many_images_wait(checkpoint):
 def test_internal_error_is_logged_with_its_request_id(checkpoint, caplog):
     app = create_app(Settings(), checkpoint=checkpoint)
     with TestClient(app) as client:
-        app.state.service.model.batcher.close()  # the device's thread is gone
+        app.state.service.running.batcher.close()  # the device's thread is gone
         with caplog.at_level(logging.ERROR, logger="hazelnut"):
             response = client.post("/score", files=[("files", ("a.png", png()))], headers={"X-Request-ID": "seven"})
     message = assert_error(response, 500, "internal")
@@ -256,11 +257,18 @@ def test_not_ready_before_the_start_and_after_the_end(checkpoint):
     assert response.headers["Retry-After"]
     with TestClient(app) as client:
         assert client.get("/health/ready").status_code == 200
-    assert "draining" in assert_error(TestClient(app).get("/health/ready"), 503, "not_ready")
+    after = TestClient(app).get("/health/ready")
+    assert "stopping" in assert_error(after, 503, "not_ready")
+    assert after.headers["Connection"] == "close"
 
 
 def test_every_code_is_provoked_here():
-    elsewhere = {"image_failed", "receive_timeout", "deadline"}  # test_service_clients.py
+    elsewhere = {
+        "image_failed", "receive_timeout", "deadline",  # test_service_clients.py
+        "image_unreadable",  # test_service_decoding.py
+        "model_required", "model_unavailable",  # test_service_registry.py
+        "unauthorized",  # test_service_security.py
+    }  # fmt: skip
     provoked = {case.code for case in CASES.values()} | set(IMAGES) | {"internal", "busy", "not_ready"} | elsewhere
     assert provoked == set(ERRORS)
 
@@ -300,7 +308,7 @@ def test_client_that_leaves_during_its_upload_is_no_error(client, caplog):
     with caplog.at_level(logging.INFO):
         client.portal.call(client.app, {**SCOPE, "state": {}}, receive, send)
     assert sent == []
-    assert [record for record in caplog.records if record.name == "hazelnut"] == []
+    assert [record.message for record in caplog.records if record.name == "hazelnut"] == ["request"]
     assert 'route="/score",status_class="none"} 1.0' in client.get("/metrics").text
 
 
@@ -319,5 +327,5 @@ def test_half_an_answer_is_never_ended_as_a_whole_one():
         return {"type": "http.request", "body": b"", "more_body": False}
 
     with pytest.raises(RuntimeError, match="second map"):
-        asyncio.run(RequestMiddleware(breaks_off, Telemetry())({**SCOPE}, receive, send))
+        asyncio.run(RequestMiddleware(breaks_off, Telemetry(), Drain())({**SCOPE}, receive, send))
     assert sent == ["http.response.start", "http.response.body"]

@@ -13,6 +13,7 @@ from models.errors import CheckpointError, ConfigError
 from models.images import MAX_PIXELS
 from service.app import create_app, serve
 from service.errors import ERRORS
+from service.security import new_key
 from service.settings import DEFAULT_CHECKPOINT, PREFIX, Settings, load_settings
 from service.telemetry import Telemetry
 
@@ -64,13 +65,24 @@ def test_serve_refuses_a_port_that_is_taken(tmp_path):
 
 
 def test_serve_refuses_an_address_that_is_not_its_own(tmp_path):
+    (tmp_path / "keys").write_text(new_key("line-1")[1])
     with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1, port 0: "):
-        serve(Settings(host="203.0.113.1", port=0, checkpoint=tmp_path))
+        serve(Settings(host="203.0.113.1", port=0, checkpoint=tmp_path, api_keys=tmp_path / "keys"))
+
+
+def test_serve_refuses_other_machines_without_keys(tmp_path):
+    with pytest.raises(ConfigError, match=r"HAZELNUT_HOST is '0\.0\.0\.0'.*HAZELNUT_API_KEYS"):
+        serve(Settings(host="0.0.0.0", port=0, checkpoint=tmp_path))
+
+
+def test_serve_refuses_a_file_of_keys_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the API keys"):
+        serve(Settings(port=0, device="cpu", api_keys=tmp_path / "keys"))
 
 
 def test_serve_refuses_a_missing_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
-        serve(Settings(port=0, device="cpu", checkpoint=tmp_path))
+        serve(Settings(port=0, device="cpu", checkpoint=tmp_path / "nowhere"))
 
 
 def test_serve_refuses_a_checkpoint_without_a_name(checkpoint, tmp_path):

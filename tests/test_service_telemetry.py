@@ -90,7 +90,7 @@ def test_metrics_do_not_grow_with_what_clients_send(client):
 
 
 def test_metrics_count_waiting_images(client):
-    batcher = client.app.state.service.model.batcher
+    batcher = client.app.state.service.running.batcher
     with batcher.places(3, 10), batcher.places(4, 10):
         assert value(scrape(client), "hazelnut_images_waiting") == 7
     assert value(scrape(client), "hazelnut_images_waiting") == 0

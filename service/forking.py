@@ -1,0 +1,18 @@
+"""The process from which decoding processes are forked. It imports torch once, for all of them and their successors."""
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
+
+
+def forking_context() -> ForkServerContext:
+    """Its processes come from one without threads, into which this one's memory and files have not leaked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["service.decode_worker"])
+    return context
+
+
+def begin_forking() -> None:
+    """Let it import torch while this process does so too: that takes seconds, and `service.decoding` waits for it."""
+    forking_context()
+    ensure_running()
