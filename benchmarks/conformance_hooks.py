@@ -36,3 +36,11 @@ def filter_failure(_: Any, failure: Any, case: Any, response: Any) -> bool:  # n
     """
     refused = response.status_code == 422 and b'"alpha_out_of_range"' in response.content
     return not (refused and 0 < float(case.query["alpha"]) < 1)
+
+
+@schemathesis.hook  # type: ignore[untyped-decorator, unused-ignore]
+def map_path_parameters(_: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Half of the projects that are made up become the one that the demo's checkpoint has."""
+    if path_parameters and len(str(path_parameters.get("project", ""))) % 2:
+        return {"project": "gears", "version": "1"}
+    return path_parameters

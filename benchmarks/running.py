@@ -56,9 +56,11 @@ class Running:
         return [pid for pid in self.pids() if _proc_text(pid, "comm").strip() == name]
 
     def memory_mib(self) -> float:
-        """Of the whole tree. Memory that processes share counts once: PSS."""
+        """What the whole tree has allocated. Pages shared since a fork count once; files, such as libraries, do not:
+        their share depends on who else has them open.
+        """
         lines = [line for pid in self.pids() for line in _proc_text(pid, "smaps_rollup").splitlines()]
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 2**10
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 2**10
 
     def open_files(self) -> int:
         """Descriptors of the whole tree, sockets included."""
@@ -180,7 +182,7 @@ def _proc_text(pid: int, name: str) -> str:
 def report(name: str, out: Path | None, record: dict[str, Any], bars: Mapping[str, bool]) -> None:
     """Print it with the bars as a table in Markdown, and write the JSON. Exits with status 1 if a bar is missed."""
     record = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *map(_without_folder, sys.argv[1:])]),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **record,
@@ -201,3 +203,8 @@ def shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {shown(content)}" for key, content in value.items())
     return str(value)
+
+
+def _without_folder(argument: str) -> str:
+    """Where things are on the machine that measured is nobody's business."""
+    return Path(argument).name if argument.startswith("/") else argument
