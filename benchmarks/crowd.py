@@ -8,6 +8,7 @@ from typing import cast
 
 CONNECTIONS = 512
 LAST_ANSWERS_SECONDS = 60
+IDLE_SECONDS = 4  # the service closes a connection after five; a request that meets that has no answer
 
 
 @dataclass
@@ -33,10 +34,12 @@ class Connection(asyncio.Protocol):
         self._received = b""
         self._transport: asyncio.Transport | None = None
         self.sent: Sent | None = None
+        self._since = asyncio.get_running_loop().time()
 
     @property
     def is_open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
+        fresh = asyncio.get_running_loop().time() - self._since < IDLE_SECONDS
+        return fresh and self._transport is not None and not self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
@@ -67,7 +70,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self) -> None:
         assert self.sent is not None
-        self.sent.answered = asyncio.get_running_loop().time()
+        self.sent.answered = self._since = asyncio.get_running_loop().time()
         self._done(self)
 
     def close(self) -> None:
@@ -107,6 +110,7 @@ class Crowd:
                 request = self.requests[len(self.all_sent) % len(self.requests)]
                 connection.send(request, self._waiting.popleft())
             else:
+                connection.close()
                 self.connections.discard(connection)
         while len(self._opening) < len(self._waiting) and len(self.connections) + len(self._opening) < self.limit:
             task = asyncio.ensure_future(self._open())

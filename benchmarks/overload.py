@@ -135,7 +135,7 @@ async def open_loop(
 async def watch(service: Running, memory: list[float]) -> None:
     while True:
         memory.append(await asyncio.to_thread(service.memory_mib))
-        await asyncio.sleep(5)
+        await asyncio.sleep(15)  # reading it holds the service up for some 15 ms for each process
 
 
 if __name__ == "__main__":

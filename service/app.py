@@ -1,6 +1,7 @@
 """The application, and the server that runs it."""
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from service.decoding import Decoder
 from service.draining import Drain
 from service.errors import add_error_handlers, documented
 from service.logs import log_config
-from service.middleware import BodyLimitMiddleware, RequestMiddleware
+from service.middleware import BodyLimitMiddleware, BusyMiddleware, RequestMiddleware
 from service.registry import Registry
 from service.routes import Service, router
 from service.scoring import Running
@@ -62,6 +63,7 @@ def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | Non
         responses=documented("internal"),
         middleware=[
             Middleware(RequestMiddleware, telemetry=telemetry, drain=service.drain),
+            Middleware(BusyMiddleware, refusal=service.refusal),
             Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
         ],
     )
@@ -77,6 +79,7 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigError for an address or a device that cannot be had, and CheckpointError, before anything starts.
     """
+    logging.captureWarnings(True)  # into the log, like everything else
     check_exposure(settings.host, settings.api_keys)
     with bound_socket(settings.host, settings.port) as listener:
         app = create_app(settings)

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from models.errors import ImageFailedError
 from models.scoring import Scores
+from service.decode_worker import YIELDING
 from service.errors import ServiceError, logger
 from service.telemetry import Telemetry
 
@@ -71,6 +74,19 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
 
+    def refusal(self, images: int, size: int) -> BusyError | None:
+        """Why a request of so many images, `size` bytes together, would be refused now; None where it would not."""
+        # What waits now is done after about as long as requests have taken lately.
+        retry = max(1, math.ceil(self._request_seconds))
+        if self._images + images > self._max_images:
+            taken = f"{self._images} of {self._max_images} places for waiting images are taken"
+            return BusyError(f"{taken}: {images} more do not fit.", retry_seconds=retry)
+        # One that is larger than all places goes when nothing waits: the limit of the body has let it in.
+        if self._images and self._bytes + size > self._max_bytes:
+            held = f"the waiting images have {self._bytes} of {self._max_bytes} bytes"
+            return BusyError(f"{held}: {size} more do not fit.", retry_seconds=retry)
+        return None
+
     @contextmanager
     def places(self, images: int, size: int) -> Iterator[None]:
         """Hold places for a request's images, `size` bytes together, while they are decoded and scored.
@@ -78,19 +94,8 @@ class Batcher:
         Taken for all at once and before anything is spent on them: a request is refused at once or answered whole.
         Raises BusyError.
         """
-        # What waits now is done after about as long as requests have taken lately.
-        retry = max(1, math.ceil(self._request_seconds))
-        if self._images + images > self._max_images:
-            raise BusyError(
-                f"{self._images} of {self._max_images} places for waiting images are taken: {images} more do not fit.",
-                retry_seconds=retry,
-            )
-        # One that is larger than all places goes when nothing waits: the limit of the body has let it in.
-        if self._images and self._bytes + size > self._max_bytes:
-            raise BusyError(
-                f"the waiting images have {self._bytes} of {self._max_bytes} bytes: {size} more do not fit.",
-                retry_seconds=retry,
-            )
+        if refusal := self.refusal(images, size):
+            raise refusal
         since = time.perf_counter()
         self._hold(images, size)
         try:
@@ -131,6 +136,11 @@ class Batcher:
             return time.perf_counter() - self._queue[0].since if self._queue else 0.0
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where this is the priority of the thread alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + YIELDING)
+        # The other half of the processor decodes. Threads of torch that wait for one another on a core that is taken
+        # cost more than they bring.
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // 2)))
         while batch := self._next_batch():
             outcomes = self._outcomes(batch[0].scorer, [waiting.pixels for waiting in batch])
             # One call for all: each wakes the loop.

@@ -16,49 +16,43 @@ Result = TypeVar("Result")
 
 async def received(reading: Coroutine[Any, Any, Result], *, seconds: float, drain: Drain) -> Result:
     """What a client sends. Raises ServiceError if it takes longer than that, or if the service is to stop before."""
-    read, stopped = asyncio.ensure_future(reading), asyncio.ensure_future(drain.begun.wait())
     try:
-        await asyncio.wait({read, stopped}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if read.done():
-            return read.result()
-        if stopped.done():
-            raise not_ready("stopping", close=True)
+        async with asyncio.timeout(seconds) as limit:
+            with drain.ends(limit):
+                return await reading
+    except TimeoutError as error:
+        if drain.begun:
+            raise not_ready("stopping", close=True) from error
         # What it is still sending is not read any more.
         headers = {"Connection": "close"}
         message = f"the request did not arrive within {seconds:g} seconds."
-        raise ServiceError("receive_timeout", message, headers=headers)
-    finally:
-        await _cancelled(read, stopped)
+        raise ServiceError("receive_timeout", message, headers=headers) from error
 
 
 async def answered(request: Request, work: Coroutine[Any, Any, Result], *, seconds: float) -> Result:
     """The result of the work on a request whose body has been read. The work is cancelled when the client leaves, and
     when it takes longer than that. Raises ClientDisconnect, or ServiceError.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    leaving: asyncio.Task[None] | None = None
     try:
-        done, _ = await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if working in done:
-            return working.result()
-        if leaving in done:
-            raise ClientDisconnect
-        raise ServiceError("deadline", f"the images were not scored within {seconds:g} seconds: try fewer, or later.")
+        async with asyncio.timeout(seconds) as limit:
+            leaving = asyncio.create_task(_end_when_left(request, limit))
+            return await work
+    except TimeoutError as error:
+        if leaving is not None and leaving.done():
+            raise ClientDisconnect from error
+        message = f"the images were not scored within {seconds:g} seconds: try fewer, or later."
+        raise ServiceError("deadline", message) from error
     finally:
-        # The work gives its places back before the next request asks for some.
-        await _cancelled(working, leaving)
+        if leaving is not None:
+            leaving.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _end_when_left(request: Request, limit: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
-    """Wait until they have ended, whatever their outcome."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+    if not limit.expired():
+        limit.reschedule(0)
 
 
 def not_ready(phase: str, *, close: bool) -> ServiceError:

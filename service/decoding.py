@@ -4,6 +4,7 @@ A worker that dies over an image is replaced, and the image gets one more try: i
 """
 
 import asyncio
+import io
 import json
 import math
 import multiprocessing
@@ -63,9 +64,11 @@ class Decoder:
         self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode")
 
     async def start(self) -> Self:
-        """Wait until every worker runs; the first one takes the seconds that torch's import does."""
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(self._threads, worker.start) for worker in self._workers))
+        """Wait until every worker has decoded an image; the first one takes the seconds that torch's import does."""
+        loop, file = asyncio.get_running_loop(), io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, "PNG")
+        job = Job(file.getvalue(), self._max_pixels, channels=3, width=1, height=1)
+        await asyncio.gather(*(loop.run_in_executor(self._threads, worker.ask, job) for worker in self._workers))
         return self
 
     async def decode(self, data: bytes, config: ModelConfig) -> Decoded:

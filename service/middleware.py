@@ -3,20 +3,24 @@
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars
 
+from service.batching import BusyError
 from service.draining import Drain
 from service.errors import ServiceError, error_response, logger
 from service.logs import log_request
+from service.routes import SCORE_PATH
 from service.telemetry import Telemetry, route_template
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 REQUEST_ID_HEADER = "X-Request-ID"
-PAGES = frozenset({"/docs", "/openapi.json"})  # the framework's own; it leaves no route in their scope
+# Where there may be no route in the scope: the framework's own pages, and what is refused before there is one.
+PAGES = frozenset({"/docs", "/openapi.json", SCORE_PATH})
 
 
 class RequestMiddleware:
@@ -111,6 +115,28 @@ class BodyLimitMiddleware:
 
     def _refusal(self) -> ServiceError:
         return ServiceError("body_too_large", f"the body is too large: allowed are {self.max_bytes} bytes.")
+
+
+class BusyMiddleware:
+    """Refuses images where not even one more can wait: before the framework looks at the request, and before its body
+    is read. In an overload most requests end here.
+
+    refusal: why, or None.
+    """
+
+    def __init__(self, app: ASGIApp, refusal: Callable[[], BusyError | None]) -> None:
+        self.app = app
+        self.refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == SCORE_PATH and scope["method"] == "POST":
+            refusal = self.refusal()
+            if refusal is not None:
+                request_id = scope["state"]["request_id"]
+                response = error_response(request_id, refusal.code, str(refusal), headers=refusal.headers)
+                await response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def _content_length(scope: Scope) -> int:

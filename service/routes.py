@@ -10,6 +10,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response, S
 from models.calibration import Calibration
 from models.errors import CalibrationError, ConfigError, ImageError
 from service.answers import answer_parts
+from service.batching import BusyError
 from service.clients import answered, not_ready, received
 from service.draining import Drain
 from service.errors import ServiceError, documented, logger
@@ -22,6 +23,7 @@ from service.settings import Settings
 from service.telemetry import Telemetry
 
 router = APIRouter()
+SCORE_PATH = "/score"
 KEYED = [Depends(require_key)]
 
 
@@ -35,6 +37,10 @@ class Service:
     drain: Drain
     keys: Keys | None  # None: whoever reaches the service may use it
     running: Running | None = None
+
+    def refusal(self) -> BusyError | None:
+        """Of an image that comes now."""
+        return None if self.running is None else self.running.batcher.refusal(1, 0)
 
     def look_again(self) -> None:
         """At the folder of models and at the file of keys; what is wrong with them is logged, and nothing changes."""
@@ -52,7 +58,7 @@ async def current_service(request: Request) -> Service:
 
 
 async def ready_service(service: Annotated[Service, Depends(current_service)]) -> Running:
-    if service.drain.begun.is_set():
+    if service.drain.begun:
         raise not_ready("stopping", close=True)
     if service.running is None:
         raise not_ready("starting", close=False)
@@ -90,7 +96,7 @@ SCORE_ERRORS = (
 
 
 @router.post(
-    "/score",
+    SCORE_PATH,
     summary="Score images",
     response_class=Response,
     responses={200: {"model": ScoreAnswer, "description": "One result per image."}, **documented(*SCORE_ERRORS)},
@@ -108,8 +114,6 @@ async def score(
     model = await running.registry.get(query.model)
     alpha = _checked_alpha(query.alpha, model.calibration)
     limits = service.settings
-    with running.batcher.places(1, 0):
-        pass  # where not even one is left, the body need not be read
     with service.telemetry.stage("receive").time():
         reading = read_uploads(request, max_files=limits.max_files)
         uploads = await received(reading, seconds=limits.receive_seconds, drain=service.drain)

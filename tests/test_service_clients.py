@@ -203,7 +203,7 @@ def test_a_drain_finishes_what_was_admitted_and_refuses_the_rest(checkpoint, dev
 def test_a_drain_with_nothing_to_finish_is_over_at_once(checkpoint):
     async def test(app: FastAPI) -> None:
         drain = app.state.service.drain
-        assert not drain.begun.is_set()
+        assert not drain.begun
         drain.begin()
         await asyncio.wait_for(drain.finished(), 20)
 
