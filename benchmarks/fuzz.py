@@ -69,7 +69,9 @@ class Findings:
             self.answers[f"{answer.status} {answer.code}"] += 1
             self.seconds.append(answer.seconds)
             entry = (answer.seconds * 1000, index, f"{mutation}: {answer.status} {answer.code}")
-            heapq.heappushpop(self.slowest, entry) if len(self.slowest) == SLOWEST else self.slowest.append(entry)
+            heapq.heappush(self.slowest, entry)
+            if len(self.slowest) > SLOWEST:
+                heapq.heappop(self.slowest)
             if answer.status >= 500:
                 self.faults.append(index)
             if answer.code == UNREADABLE:
