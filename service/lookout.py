@@ -19,12 +19,10 @@ from starlette.responses import JSONResponse, Response
 from models.errors import ImageError
 from models.scoring import resize_map
 from service.answers import map_size, png_bytes
-from service.clients import answered, received
 from service.errors import ERRORS, ServiceError, documented, shown
-from service.forms import Upload
 from service.registry import ServedModel
-from service.routes import FILE_SCHEMA, IMAGE_KINDS, Service, current_service, ready_service
-from service.scoring import Running, Verdict, score_uploads
+from service.routes import FILE_SCHEMA, IMAGE_KINDS, Service, current_service, ready_service, received_and_scored
+from service.scoring import Running, Verdict
 from service.security import check_key
 
 router = APIRouter()
@@ -109,14 +107,9 @@ async def _verdict(request: Request, service: Service, running: Running, model: 
     media_type = request.headers.get("content-type", "")
     if not media_type.lower().startswith("image/"):
         raise ServiceError("unsupported_media_type", f"the Content-Type is {shown(media_type)}: allowed is image/*.")
-    limits = service.settings
-    with service.telemetry.stage("receive").time():
-        data = await received(request.body(), seconds=limits.receive_seconds, drain=service.drain)
-    request.state.images = 1
-    scoring = score_uploads(running, model, [Upload(filename=None, data=data)], alpha=model.calibration.alpha)
-    (outcome,) = await answered(request, scoring, seconds=limits.answer_seconds)
-    if isinstance(outcome, ImageError):
-        raise outcome
+    alpha = model.calibration.alpha
+    _, (outcome,) = await received_and_scored(request, service, running, model, alpha=alpha)
+    assert isinstance(outcome, Verdict)  # an error of an image that comes alone is raised
     return outcome
 
 

@@ -14,10 +14,10 @@ from service.batching import BusyError
 from service.clients import answered, not_ready, received
 from service.draining import Drain
 from service.errors import ServiceError, documented, logger
-from service.forms import FIELD, read_uploads
-from service.registry import Registry, Version
+from service.forms import FIELD, Upload, read_uploads
+from service.registry import Registry, ServedModel, Version
 from service.schemas import Health, ModelDetails, ModelList, ModelSummary, ScoreAnswer, ScoreQuery
-from service.scoring import Running, score_uploads
+from service.scoring import Outcome, Running, score_uploads
 from service.security import Keys, read_keys, require_key
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -113,15 +113,7 @@ async def score(
     """
     model = await running.registry.get(query.model)
     alpha = _checked_alpha(query.alpha, model.calibration)
-    limits = service.settings
-    with service.telemetry.stage("receive").time():
-        reading = read_uploads(request, max_files=limits.max_files)
-        uploads = await received(reading, seconds=limits.receive_seconds, drain=service.drain)
-    request.state.images = len(uploads)
-    scoring = score_uploads(running, model, uploads, alpha=alpha)
-    outcomes = await answered(request, scoring, seconds=limits.answer_seconds)
-    if len(outcomes) == 1 and isinstance(outcomes[0], ImageError):
-        raise outcomes[0]
+    uploads, outcomes = await received_and_scored(request, service, running, model, alpha=alpha)
     parts = answer_parts(running, model, uploads, outcomes, map_format=query.map, alpha=alpha)
     if query.map == "none" or len(outcomes) == 1:
         return Response(b"".join([part async for part in parts]), media_type="application/json")
@@ -178,6 +170,25 @@ async def metrics(request: Request, service: AService) -> Response:
 @router.get("/", include_in_schema=False)
 async def home() -> RedirectResponse:
     return RedirectResponse("docs")
+
+
+async def received_and_scored(
+    request: Request, service: Service, running: Running, model: ServedModel, *, alpha: float
+) -> tuple[list[Upload], list[Outcome]]:
+    """A request's uploads and what became of each, within the times that clients have.
+
+    Raises ServiceError, ClientDisconnect, and the ImageError of an image that was sent alone.
+    """
+    limits = service.settings
+    with service.telemetry.stage("receive").time():
+        reading = read_uploads(request, max_files=limits.max_files)
+        uploads = await received(reading, seconds=limits.receive_seconds, drain=service.drain)
+    request.state.images = len(uploads)
+    scoring = score_uploads(running, model, uploads, alpha=alpha)
+    outcomes = await answered(request, scoring, seconds=limits.answer_seconds)
+    if len(outcomes) == 1 and isinstance(outcomes[0], ImageError):
+        raise outcomes[0]
+    return uploads, outcomes
 
 
 def _checked_alpha(wanted: float | None, calibration: Calibration) -> float:
