@@ -184,7 +184,10 @@ class Region:
 
 def regions(anomaly_map: MapArray, *, level: float, width: int, height: int) -> list[Region]:
     """Where a map (S, S) is above the level, highest first, as boxes in an image of width x height pixels."""
-    labels, count = ndimage.label(anomaly_map > level, structure=np.ones((3, 3)))
+    above = anomaly_map > level
+    if not above.any():
+        return []  # most parts are good, and to label nothing takes as long
+    labels, count = ndimage.label(above, structure=np.ones((3, 3)))
     rows, columns = anomaly_map.shape
     found = []
     for label, (down, across) in enumerate(ndimage.find_objects(labels, max_label=count), start=1):

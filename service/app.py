@@ -50,8 +50,9 @@ def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | Non
             service.drain.begin()
             service.running = None
             watching.cancel()
-            for part in (registry, decoder, batcher):
-                part.close()
+            registry.close()
+            await decoder.close()
+            batcher.close()
 
     app = FastAPI(
         title="Hazelnut",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.errors import ImageFailedError
 from models.scoring import Scores
-from service.decode_worker import YIELDING
+from service.decode_worker import YIELDING, Pixels
 from service.errors import ServiceError, logger
 from service.telemetry import Telemetry
 
@@ -50,7 +50,7 @@ class Scored:
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     scorer: Scoring
-    pixels: Tensor  # uint8 (C, S, S)
+    pixels: Pixels  # (C, S, S)
     answer: "asyncio.Future[Scored]"
     since: float = field(default_factory=time.perf_counter)
 
@@ -109,8 +109,8 @@ class Batcher:
         self._bytes += size
         self._telemetry.images_waiting.set(self._images)
 
-    async def score(self, scorer: Scoring, pixels: Tensor) -> Scored:
-        """Score an image, uint8 (C, S, S), for which the caller holds a place.
+    async def score(self, scorer: Scoring, pixels: Pixels) -> Scored:
+        """Score an image (C, S, S), for which the caller holds a place.
 
         An image whose caller is cancelled before its batch begins is never scored. Raises ImageFailedError for one
         that makes the scoring fail by itself.
@@ -176,13 +176,13 @@ class Batcher:
     def _largest_of(self, scorer: Scoring) -> int:
         return self._largest.get(scorer, LARGEST_BATCH)
 
-    def _outcomes(self, scorer: Scoring, pixels: list[Tensor]) -> list[Scored | ImageFailedError]:
+    def _outcomes(self, scorer: Scoring, pixels: list[Pixels]) -> list[Scored | ImageFailedError]:
         """One for each image. A batch that fails is halved until only the image at fault does."""
         half = len(pixels) // 2
         if len(pixels) <= self._largest_of(scorer):
             try:
                 with self._telemetry.stage("device").time():
-                    scores = scorer.score(torch.stack(pixels))
+                    scores = scorer.score(torch.from_numpy(np.stack(pixels)))
                 return [_checked(Scored(scores, index)) for index in range(len(pixels))]
             except Exception as error:  # noqa: BLE001 - whatever it is, the thread and the other images go on
                 if len(pixels) == 1:

@@ -8,9 +8,10 @@ import json
 import os
 import resource
 import signal
+import socket
+import struct
 import sys
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ KEPT_BYTES = 2**26
 YIELDING = 5
 NAME = "hazelnut-decode"  # in ps and top, which show 15 letters
 
+# Both ways: how long what follows is. Job: bytes of the file, max_pixels, channels or 0, width, height.
+JOB_HEAD, ANSWER_HEAD = struct.Struct("!QQIII"), struct.Struct("!I")
+
 Pixels = NDArray[np.uint8]
 
 
@@ -40,22 +44,24 @@ class Job(NamedTuple):
     width: int
     height: int
 
+    def head(self) -> bytes:
+        return JOB_HEAD.pack(len(self.data), self.max_pixels, self.channels or 0, self.width, self.height)
 
-def work(connection: Connection, memory_bytes: int) -> None:
-    """Answer jobs until the other end is closed: a line of JSON, then the pixels if there are any.
+
+def work(connection: socket.socket, memory_bytes: int) -> None:
+    """Answer jobs until the other end is closed: the length of some JSON, the JSON, then the pixels if there are any.
 
     The answer is not pickled: what hostile bytes make of this process must not run in the service.
     """
     _settle(memory_bytes)
-    while True:
-        try:
-            job = Job(*connection.recv())
-        except EOFError:
-            return
-        head, pixels = _answer(job)
-        connection.send_bytes(json.dumps(head).encode())
-        if pixels is not None:
-            connection.send_bytes(pixels.data.cast("B"))
+    with connection, connection.makefile("rb") as jobs:
+        while head := jobs.read(JOB_HEAD.size):
+            length, max_pixels, channels, width, height = JOB_HEAD.unpack(head)
+            answer, pixels = _answer(Job(jobs.read(length), max_pixels, channels or None, width, height))
+            words = json.dumps(answer).encode()
+            connection.sendall(ANSWER_HEAD.pack(len(words)) + words)
+            if pixels is not None:
+                connection.sendall(pixels.data.cast("B"))
 
 
 def _settle(memory_bytes: int) -> None:

@@ -7,26 +7,22 @@ import asyncio
 import io
 import json
 import math
-import multiprocessing
 import os
-import queue
+import socket
 import time
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from models import errors
 from models.config import ModelConfig
 from models.errors import ImageError, ImageUnreadableError
-from service.decode_worker import Job, Pixels, work
+from service.decode_worker import ANSWER_HEAD, Job, Pixels, work
 from service.errors import logger
 from service.forking import forking_context
 from service.telemetry import Telemetry
@@ -37,46 +33,56 @@ DECODE_SECONDS = 10.0  # the largest images take about one
 # The hungriest formats take 20 bytes per pixel (RGBA, laid over black); the rest is for the upload itself and for air.
 BYTES_PER_PIXEL, MORE_BYTES = 24, 2**28
 MOST_WORDS = 2**16  # bytes of what a worker says beside pixels; a traceback fits
+BUFFER_BYTES = 2**20  # of a worker's answer, before it is read
 
 KINDS = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ImageError)}
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """pixels: uint8 (C, S, S). width and height: pixels of the upright original."""
+    """pixels: (C, S, S), read-only. width and height: pixels of the upright original."""
 
-    pixels: Tensor
+    pixels: Pixels
     width: int
     height: int
 
 
+Answer = tuple[dict[str, Any], Pixels]
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    job: Job
+    answer: "asyncio.Future[Answer]"
+    since: float = field(default_factory=time.perf_counter)
+
+
 class Decoder:
-    """Decodes for all models. A thread waits for each worker: a process that dies wakes it."""
+    """Decodes for all models, an image at a time in each of its processes."""
 
     def __init__(self, *, max_pixels: int, telemetry: Telemetry, workers: int = WORKERS) -> None:
         self._max_pixels = max_pixels
         self._telemetry = telemetry
         memory_bytes = BYTES_PER_PIXEL * max_pixels + MORE_BYTES
         self._workers = [_Worker(memory_bytes, lost=telemetry.decoder_lost) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode")
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> Self:
         """Wait until every worker has decoded an image; the first one takes the seconds that torch's import does."""
-        loop, file = asyncio.get_running_loop(), io.BytesIO()
+        file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
         job = Job(file.getvalue(), self._max_pixels, channels=3, width=1, height=1)
-        await asyncio.gather(*(loop.run_in_executor(self._threads, worker.ask, job) for worker in self._workers))
+        await asyncio.gather(*(worker.ask(job) for worker in self._workers))
+        self._tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
         return self
 
     async def decode(self, data: bytes, config: ModelConfig) -> Decoded:
         """Raises ImageError."""
         size = config.image_size
         job = Job(data, self._max_pixels, channels=config.channels, width=size, height=size)
-        head, pixels = await self._run(job)
-        return Decoded(pixels=torch.from_numpy(pixels), width=head["width"], height=head["height"])
+        head, pixels = await self._answer(job)
+        return Decoded(pixels=pixels, width=head["width"], height=head["height"])
 
     async def picture(self, data: bytes, *, width: int, height: int) -> Image.Image:
         """The image itself at width x height pixels, in mode "L" or "RGB". Raises ImageError.
@@ -84,28 +90,41 @@ class Decoder:
         Decodes again: keeping every image of every request from its decoding to its answer would cost far more memory
         than this costs time.
         """
-        _, pixels = await self._run(Job(data, self._max_pixels, channels=None, width=width, height=height))
+        _, pixels = await self._answer(Job(data, self._max_pixels, channels=None, width=width, height=height))
         return Image.fromarray(pixels)
 
-    def close(self) -> None:
-        """Jobs that have not begun are cancelled."""
-        self._threads.shutdown(cancel_futures=True)
+    async def close(self) -> None:
+        """Who still waits is cancelled."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while not self._queue.empty():
+            self._queue.get_nowait().answer.cancel()
         for worker in self._workers:
-            worker.stop()
+            await worker.stop()
 
-    async def _run(self, job: Job) -> tuple[dict[str, Any], Pixels]:
-        since = time.perf_counter()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, job, since)
+    async def _answer(self, job: Job) -> Answer:
+        waiting = _Waiting(job, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(waiting)
+        return await waiting.answer
 
-    def _ask(self, job: Job, since: float) -> tuple[dict[str, Any], Pixels]:
-        """In a thread: there is always an idle worker, because there are as many as threads."""
-        self._telemetry.stage("wait").observe(time.perf_counter() - since)
-        worker = self._idle.get()
-        try:
-            with self._telemetry.stage("decode").time():
-                return worker.ask(job)
-        finally:
-            self._idle.put(worker)
+    async def _work(self, worker: "_Worker") -> None:
+        while True:
+            waiting = await self._queue.get()
+            answer = waiting.answer
+            if answer.done():
+                continue  # its caller left
+            self._telemetry.stage("wait").observe(time.perf_counter() - waiting.since)
+            try:
+                with self._telemetry.stage("decode").time():
+                    found = await worker.ask(waiting.job)
+                if not answer.done():
+                    answer.set_result(found)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's, and the others go on
+                if not answer.done():
+                    answer.set_exception(error)
+            finally:
+                answer.cancel()  # of one that is there by now this changes nothing
 
 
 class _DiedError(Exception):
@@ -114,9 +133,6 @@ class _DiedError(Exception):
 
 class _SlowError(Exception):
     """The process is still at it."""
-
-
-Answer = tuple[dict[str, Any], Pixels | None]
 
 
 class _Worker:
@@ -128,23 +144,23 @@ class _Worker:
         self._lost = lost
         self._context = forking_context()
         self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._streams: tuple[StreamReader, StreamWriter] | None = None
 
-    def ask(self, job: Job) -> tuple[dict[str, Any], Pixels]:
-        """Raises ImageError."""
+    async def ask(self, job: Job) -> Answer:
+        """Raises ImageError. Not for two at a time."""
         for _ in range(TRIES):
             try:
-                head, pixels = self._exchange(job)
+                head, pixels = await self._exchange(job)
             except _DiedError:
                 logger.warning("a decoding process died over an image of %d bytes and is replaced", len(job.data))
                 self._lost("died")
-                self.stop()
+                await self.stop()
             except _SlowError:
                 logger.warning(
                     "a decoding process took too long over an image of %d bytes and is replaced", len(job.data)
                 )
                 self._lost("slow")
-                self.stop()
+                await self.stop()
                 raise ImageUnreadableError(f"decoding the image takes longer than {DECODE_SECONDS:g} s.") from None
             else:
                 if "fault" in head:
@@ -154,41 +170,47 @@ class _Worker:
                 return head, pixels
         raise ImageUnreadableError("decoding the image makes the decoder crash.")
 
-    def start(self) -> Connection:
+    async def start(self) -> tuple[StreamReader, StreamWriter]:
         """The way to the process, which is started where there is none, or has died since the last image."""
-        if self._process is not None and not self._process.is_alive():
+        if self._streams is not None and self._streams[0].at_eof():
             self._lost("died")
-            self.stop()
-        if self._connection is None:
-            self._connection, theirs = multiprocessing.Pipe()
-            process = self._context.Process(target=work, args=(theirs, self._memory_bytes), daemon=True)
-            process.start()
-            theirs.close()
-            self._process = process
-        return self._connection
+            await self.stop()
+        if self._streams is None:
+            ours, theirs = socket.socketpair()
+            self._process = self._context.Process(target=work, args=(theirs, self._memory_bytes), daemon=True)
+            self._streams = await asyncio.open_unix_connection(sock=ours, limit=BUFFER_BYTES)
+            with theirs:
+                await asyncio.to_thread(self._process.start)
+        return self._streams
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Leaves nothing behind; the next job starts a new process."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process.close()
-            self._process = None
+            process, self._process = self._process, None
+            await asyncio.to_thread(_end, process)
 
-    def _exchange(self, job: Job) -> Answer:
-        connection = self.start()
+    async def _exchange(self, job: Job) -> tuple[dict[str, Any], Pixels | None]:
+        reader, writer = await self.start()
         try:
-            connection.send(tuple(job))
-            if not connection.poll(DECODE_SECONDS):
-                raise _SlowError
-            head: dict[str, Any] = json.loads(connection.recv_bytes(maxlength=MOST_WORDS))
-            if "shape" not in head:
-                return head, None
-            pixels = np.empty(math.prod(head["shape"]), dtype=np.uint8)
-            connection.recv_bytes_into(pixels.data)
-        except (EOFError, OSError) as error:
+            async with asyncio.timeout(DECODE_SECONDS):
+                writer.writelines([job.head(), job.data])
+                (length,) = ANSWER_HEAD.unpack(await reader.readexactly(ANSWER_HEAD.size))
+                head: dict[str, Any] = json.loads(await reader.readexactly(min(length, MOST_WORDS)))
+                if "shape" not in head:
+                    return head, None
+                pixels = await reader.readexactly(math.prod(head["shape"]))
+        except TimeoutError as error:
+            raise _SlowError from error
+        except (EOFError, OSError, ValueError) as error:  # or has lost its mind
             raise _DiedError from error
-        return head, pixels.reshape(head["shape"])
+        return head, np.frombuffer(pixels, dtype=np.uint8).reshape(head["shape"])
+
+
+def _end(process: BaseProcess) -> None:
+    if process.pid is not None:  # it may have failed to start
+        process.kill()
+        process.join()
+    process.close()

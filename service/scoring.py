@@ -44,7 +44,9 @@ async def score_uploads(running: Running, model: ServedModel, uploads: list[Uplo
     Cancelled, it gives up what is not on the device yet.
     """
     with running.batcher.places(len(uploads), sum(len(upload.data) for upload in uploads)):
-        outcomes = await asyncio.gather(*(_outcome(running, model, upload.data, alpha=alpha) for upload in uploads))
+        scoring = [_outcome(running, model, upload.data, alpha=alpha) for upload in uploads]
+        # No task for the usual one: that costs as much as decoding a small image.
+        outcomes = await asyncio.gather(*scoring) if len(scoring) > 1 else [await scoring[0]]
     for outcome in outcomes:
         if isinstance(outcome, ImageError):
             running.telemetry.image_refused(outcome.code)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from models.errors import CheckpointError
 from models.images import decode_image, image_tensor
 from models.overlay import overlay
 from models.scoring import Scores, regions, resize_map
+from service import answers
 from service.app import create_app
 from service.schemas import ScoreAnswer
 from service.settings import Settings
@@ -85,6 +87,22 @@ def test_score_keeps_the_order_of_the_upload_over_several_batches(client, checkp
     assert [result["filename"] for result in found] == [f"{index}.png" for index in range(20)]
     for result, data in zip(found, images, strict=True):
         assert result["scores"] == pytest.approx(library_scores(checkpoint, data).named(0), abs=1e-4)
+
+
+def test_score_of_a_large_map_says_the_same_off_the_loop(client, monkeypatch):
+    at_once = results(upload(client, png(), png(seed=1)))
+    monkeypatch.setattr(answers, "QUICK_PIXELS", 0)
+    threads: list[str] = []
+    write = answers._result_json
+
+    def watched(*arguments: Any, **options: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(answers, "_result_json", watched)
+    assert results(upload(client, png(), png(seed=1))) == at_once
+    assert len(threads) == 2
+    assert all(name.startswith("asyncio") for name in threads), threads
 
 
 def test_score_of_a_bad_image_leaves_its_neighbours_alone(client):

@@ -18,15 +18,16 @@ from torch import Tensor
 from models.errors import ImageFailedError
 from models.scoring import Scores
 from service.batching import LARGEST_BATCH, Batcher, BusyError, Scored
+from service.decode_worker import Pixels
 from service.telemetry import Telemetry
 from tests.conftest import until
 
 POISON = 13
 
 
-def image(number: int) -> Tensor:
+def image(number: int) -> Pixels:
     """An image that can be told from others."""
-    return torch.full((1, 2, 2), number, dtype=torch.uint8)
+    return np.full((1, 2, 2), number, dtype=np.uint8)
 
 
 class Device:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from models.config import ModelConfig
 from models.errors import ImageCorruptError, ImageError, ImageTooLargeError, ImageUnreadableError
@@ -32,7 +31,7 @@ def run(test: Callable[[Decoder, Telemetry], Coroutine[Any, Any, None]], **optio
         try:
             await asyncio.wait_for(test(decoder, telemetry), 60)
         finally:
-            decoder.close()
+            await decoder.close()
 
     asyncio.run(whole())
 
@@ -43,6 +42,11 @@ def pids(decoder: Decoder) -> list[int]:
 
 def lost(telemetry: Telemetry, reason: str) -> float:
     return telemetry.registry.get_sample_value("hazelnut_decoders_lost_total", {"reason": reason}) or 0.0
+
+
+def busy(decoder: Decoder) -> bool:
+    """An image has been taken from the queue."""
+    return decoder._telemetry.registry.get_sample_value("hazelnut_stage_seconds_count", {"stage": "wait"}) == 1
 
 
 def kill(pid: int) -> None:
@@ -56,7 +60,7 @@ def test_pixels_are_those_of_the_library():
             config = ModelConfig(image_size=32, channels=channels, width=8, latent="grid", latent_dim=4, head_width=8)
             found = await decoder.decode(data, config)
             expected = image_tensor(decode_image(data), channels=channels, size=32)
-            assert torch.equal(found.pixels, expected)
+            np.testing.assert_array_equal(found.pixels, expected)
             assert (found.width, found.height) == (50, 37)
 
     run(test)
@@ -117,7 +121,7 @@ def test_workers_killed_at_random_fail_only_images_that_are_hit_twice():
                     failed += 1
                 else:
                     assert not isinstance(found, BaseException)
-                    assert torch.equal(found.pixels, expected)
+                    np.testing.assert_array_equal(found.pixels, expected)
                     decoded += 1
         await killing
         assert decoded > failed
@@ -153,21 +157,20 @@ def test_an_image_that_kills_every_worker_fails_alone(monkeypatch):
 def stopped(start: Callable[..., Any]) -> Callable[..., Any]:
     """A worker that is frozen once it has started, so that it dies with its image."""
 
-    def wrapped(worker: Any) -> Any:
-        fresh = worker._connection is None
-        connection = start(worker)
+    async def wrapped(worker: Any) -> Any:
+        fresh = worker._streams is None
+        streams = await start(worker)
         if fresh:
             os.kill(worker._process.pid, signal.SIGSTOP)
-        return connection
+        return streams
 
     return wrapped
 
 
 def test_an_image_that_takes_too_long_is_given_up(monkeypatch):
-    monkeypatch.setattr(decoding, "DECODE_SECONDS", 0.2)
-
     async def test(decoder: Decoder, telemetry: Telemetry) -> None:
         (before,) = pids(decoder)
+        monkeypatch.setattr(decoding, "DECODE_SECONDS", 0.2)
         os.kill(before, signal.SIGSTOP)
         with pytest.raises(ImageUnreadableError, match=r"longer than 0\.2 s"):
             await decoder.decode(png(), CONFIG)
@@ -183,7 +186,7 @@ def test_an_image_whose_caller_left_is_not_decoded():
     async def test(decoder: Decoder, telemetry: Telemetry) -> None:
         os.kill(pids(decoder)[0], signal.SIGSTOP)
         first = asyncio.ensure_future(decoder.decode(png(), CONFIG))
-        await until(lambda: decoder._idle.empty())
+        await until(lambda: busy(decoder))
         second = asyncio.ensure_future(decoder.decode(png(seed=1), CONFIG))
         await asyncio.sleep(0.01)
         second.cancel()
@@ -216,6 +219,31 @@ def test_workers_have_a_name_and_no_voice():
             assert Path(f"/proc/{pid}/fd/2").readlink() == Path(os.devnull)
 
     run(test, workers=2)
+
+
+def test_who_waits_when_the_decoder_is_closed_is_cancelled():
+    async def test(decoder: Decoder, _: Telemetry) -> None:
+        os.kill(pids(decoder)[0], signal.SIGSTOP)
+        waiting = [asyncio.ensure_future(decoder.decode(png(), CONFIG)) for _ in range(3)]
+        await until(lambda: busy(decoder))
+        await decoder.close()
+        await asyncio.wait(waiting, timeout=20)
+        assert all(each.cancelled() for each in waiting)
+
+    run(test)
+
+
+def test_a_worker_that_answers_nonsense_is_replaced():
+    async def test(decoder: Decoder, telemetry: Telemetry) -> None:
+        (before,) = pids(decoder)
+        streams = decoder._workers[0]._streams
+        assert streams
+        streams[0].feed_data(struct.pack("!I", 4) + b"what")  # before the process has been asked anything
+        assert (await decoder.decode(png(), CONFIG)).width == 40
+        assert pids(decoder) != [before]
+        assert lost(telemetry, "died") == 1
+
+    run(test)
 
 
 def test_workers_are_gone_when_the_decoder_is_closed():
