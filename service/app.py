@@ -82,7 +82,7 @@ def serve(settings: Settings) -> None:
     Raises ConfigError for an address or a device that cannot be had, and CheckpointError, before anything starts.
     """
     logging.captureWarnings(True)  # into the log, like everything else
-    check_exposure(settings.host, settings.api_keys)
+    check_exposure(settings.host, settings.api_keys, behind_loopback=settings.behind_loopback)
     with bound_socket(settings.host, settings.port) as listener:
         app = create_app(settings)
         service: Service = app.state.service

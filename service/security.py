@@ -123,12 +123,16 @@ def check_key(request: Request) -> None:
     request.state.key_name = name
 
 
-def check_exposure(host: str, keys: Path | None) -> None:
-    """Raises ConfigError where machines other than this one could reach a service without keys."""
-    if keys is None and not _is_loopback(host):
+def check_exposure(host: str, keys: Path | None, *, behind_loopback: bool) -> None:
+    """Raises ConfigError where machines other than this one could reach a service without keys.
+
+    behind_loopback: the operator's word that they cannot, because they reach a container by its loopback port alone.
+    """
+    if keys is None and not behind_loopback and not _is_loopback(host):
         raise ConfigError(
             f"HAZELNUT_HOST is {host!r}, where other machines may reach it, and anybody could use it: "
-            "set HAZELNUT_API_KEYS to a file of keys, which `hazelnut key NAME` makes, or HAZELNUT_HOST to 127.0.0.1."
+            "set HAZELNUT_API_KEYS to a file of keys, which `hazelnut key NAME` makes, or HAZELNUT_HOST to 127.0.0.1; "
+            "in a container whose port is published on the loopback alone, HAZELNUT_BEHIND_LOOPBACK to true."
         )
 
 

@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         default=None,
         description="File of the keys' hashes, made by `hazelnut key`. Default: none, for a loopback address alone.",
     )
+    behind_loopback: bool = Field(
+        default=False,
+        description="true: HAZELNUT_HOST is an address in a container, and its port is published on the loopback "
+        "alone. It may then be any without keys.",
+    )
 
     @model_validator(mode="after")
     def _one_request_can_wait(self) -> Self:

@@ -267,7 +267,7 @@ def test_keys_show_neither_keys_nor_hashes(three):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LocalHost"])
 def test_service_without_keys_may_listen_on_the_machine_itself(host):
-    check_exposure(host, None)
+    check_exposure(host, None, behind_loopback=False)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,8 @@ def test_service_without_keys_may_listen_on_the_machine_itself(host):
 )
 def test_service_without_keys_may_not_listen_elsewhere(host, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(f"HAZELNUT_HOST is {host!r}, ")) as caught:
-        check_exposure(host, None)
+        check_exposure(host, None, behind_loopback=False)
     assert "set HAZELNUT_API_KEYS to a file of keys" in str(caught.value)
-    assert "HAZELNUT_HOST to 127.0.0.1." in str(caught.value)
-    check_exposure(host, tmp_path / "keys")
+    assert "HAZELNUT_HOST to 127.0.0.1;" in str(caught.value)
+    check_exposure(host, tmp_path / "keys", behind_loopback=False)
+    check_exposure(host, None, behind_loopback=True)
