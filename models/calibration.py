@@ -108,7 +108,8 @@ class Calibration:
         return np.concatenate(alone)
 
     @cached_property
-    def _sorted(self) -> FloatArray:
+    def good_scores(self) -> FloatArray:
+        """Anomaly scores of the calibration images, ascending, (n,): those that p-values count."""
         return np.sort(self._alone)
 
     def anomaly_score(self, scores: FloatArray) -> FloatArray:
@@ -128,7 +129,7 @@ class Calibration:
 
     def p_value(self, anomaly_score: FloatArray) -> FloatArray:
         """(1 + #{calibration score >= s}) / (n + 1) for each s in (B,); in (0, 1]."""
-        at_least = self.n - np.searchsorted(self._sorted, anomaly_score, side="left")
+        at_least = self.n - np.searchsorted(self.good_scores, anomaly_score, side="left")
         return np.asarray((1 + at_least) / (self.n + 1), dtype=np.float64)
 
     def map_level(self, alpha: float) -> float:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from models.checkpoint import Checkpoint
-from service import lookout
+from service import lookout, pages
 from service.batching import Batcher
 from service.decoding import Decoder
 from service.draining import Drain
@@ -73,6 +73,7 @@ def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | Non
     add_error_handlers(app)
     app.include_router(router)
     app.include_router(lookout.router)
+    app.include_router(pages.router)
     return app
 
 

@@ -66,6 +66,7 @@ class Batcher:
         self._request_seconds = 0.0
         self._largest: WeakKeyDictionary[Scoring, int] = WeakKeyDictionary()
         self._telemetry = telemetry
+        telemetry.images_waiting_limit.set(max_images)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()

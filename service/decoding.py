@@ -30,6 +30,7 @@ from service.telemetry import Telemetry
 WORKERS = min(8, os.cpu_count() or 1)
 TRIES = 2
 DECODE_SECONDS = 10.0  # the largest images take about one
+START_SECONDS = 120.0  # of a process's first image: torch is imported before it, at worst by a machine that is busy
 # The hungriest formats take 20 bytes per pixel (RGBA, laid over black); the rest is for the upload itself and for air.
 BYTES_PER_PIXEL, MORE_BYTES = 24, 2**28
 MOST_WORDS = 2**16  # bytes of what a worker says beside pixels; a traceback fits
@@ -73,7 +74,7 @@ class Decoder:
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
         job = Job(file.getvalue(), self._max_pixels, channels=3, width=1, height=1)
-        await asyncio.gather(*(worker.ask(job) for worker in self._workers))
+        await asyncio.gather(*(worker.ask(job, seconds=START_SECONDS) for worker in self._workers))
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
         return self
 
@@ -117,7 +118,7 @@ class Decoder:
             self._telemetry.stage("wait").observe(time.perf_counter() - waiting.since)
             try:
                 with self._telemetry.stage("decode").time():
-                    found = await worker.ask(waiting.job)
+                    found = await worker.ask(waiting.job, seconds=DECODE_SECONDS)
                 if not answer.done():
                     answer.set_result(found)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's, and the others go on
@@ -146,11 +147,11 @@ class _Worker:
         self._process: BaseProcess | None = None
         self._streams: tuple[StreamReader, StreamWriter] | None = None
 
-    async def ask(self, job: Job) -> Answer:
+    async def ask(self, job: Job, *, seconds: float) -> Answer:
         """Raises ImageError. Not for two at a time."""
         for _ in range(TRIES):
             try:
-                head, pixels = await self._exchange(job)
+                head, pixels = await self._exchange(job, seconds)
             except _DiedError:
                 logger.warning("a decoding process died over an image of %d bytes and is replaced", len(job.data))
                 self._lost("died")
@@ -161,7 +162,7 @@ class _Worker:
                 )
                 self._lost("slow")
                 await self.stop()
-                raise ImageUnreadableError(f"decoding the image takes longer than {DECODE_SECONDS:g} s.") from None
+                raise ImageUnreadableError(f"decoding the image takes longer than {seconds:g} s.") from None
             else:
                 if "fault" in head:
                     raise RuntimeError(f"decoding failed: {head['fault']}")
@@ -192,10 +193,10 @@ class _Worker:
             process, self._process = self._process, None
             await asyncio.to_thread(_end, process)
 
-    async def _exchange(self, job: Job) -> tuple[dict[str, Any], Pixels | None]:
+    async def _exchange(self, job: Job, seconds: float) -> tuple[dict[str, Any], Pixels | None]:
         reader, writer = await self.start()
         try:
-            async with asyncio.timeout(DECODE_SECONDS):
+            async with asyncio.timeout(seconds):
                 writer.writelines([job.head(), job.data])
                 (length,) = ANSWER_HEAD.unpack(await reader.readexactly(ANSWER_HEAD.size))
                 head: dict[str, Any] = json.loads(await reader.readexactly(min(length, MOST_WORDS)))

@@ -15,6 +15,7 @@ class Drift:
     """
 
     def __init__(self, calibration_images: int) -> None:
+        self.calibration_images = calibration_images
         self._steps = np.arange(1, calibration_images + 2) / (calibration_images + 1)
         self._p_values: deque[float] = deque(maxlen=WINDOW)
 

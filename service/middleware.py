@@ -34,6 +34,7 @@ class RequestMiddleware:
         self.app = app
         self.telemetry = telemetry
         self.drain = drain
+        telemetry.route_begins(SCORE_PATH, "POST")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,13 +49,15 @@ class RequestMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         bind_contextvars(request_id=request_id)  # for the log; each request runs in a context of its own
         status: int | None = None
+        refused = False
         start = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, refused
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                status, refused = message["status"], "Retry-After" in headers
             await send(message)
 
         try:
@@ -70,7 +73,7 @@ class RequestMiddleware:
         finally:
             route = route_template(scope.get("route"), scope["path"], PAGES)
             seconds = time.perf_counter() - start
-            self.telemetry.request_ended(route, scope["method"], status=status, seconds=seconds)
+            self.telemetry.request_ended(route, scope["method"], status=status, refused=refused, seconds=seconds)
             log_request(
                 method=scope["method"],
                 route=route,

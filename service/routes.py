@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from models.calibration import Calibration
 from models.errors import CalibrationError, ConfigError, ImageError
@@ -144,6 +144,7 @@ async def model_details(name: Annotated[str, Path(max_length=255)], running: ARu
     return ModelDetails(
         **_summary(version, running.registry).model_dump(),
         map_level=model.calibration.map_level(model.calibration.alpha),
+        good_scores=model.calibration.good_scores.tolist(),
         device=str(running.registry.device),
         config=asdict(checkpoint.config),
         origin=checkpoint.origin,
@@ -165,11 +166,6 @@ async def ready(running: ARunning) -> Health:  # noqa: ARG001 - the dependency i
 async def metrics(request: Request, service: AService) -> Response:
     content, media_type = service.telemetry.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type})
-
-
-@router.get("/", include_in_schema=False)
-async def home() -> RedirectResponse:
-    return RedirectResponse("docs")
 
 
 async def received_and_scored(

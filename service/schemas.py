@@ -86,7 +86,8 @@ class ImageResult(BaseModel):
     height: int | None = Field(default=None, description="Pixels of the upright image.")
     scores: NamedScores | None = None
     anomaly_score: float | None = Field(
-        default=None, description="The largest of the three scores, in standard deviations of the good images' score."
+        default=None,
+        description="Weighted mean of the three scores, each in standard deviations of the good images' score.",
     )
     p_value: float | None = Field(
         default=None,
@@ -144,6 +145,9 @@ class ModelList(BaseModel):
 
 class ModelDetails(ModelSummary):
     map_level: float = Field(description="At the model's own alpha.")
+    good_scores: list[float] = Field(
+        description="Anomaly scores of the calibration images, ascending: those that p-values count."
+    )
     device: str = Field(description="Where it runs: cpu, or cuda and its index.")
     config: dict[str, Any] = Field(description="Sizes of the networks; image_size is in pixels.")
     origin: dict[str, Any] = Field(description="The recipe, the command and the fingerprint of the training data.")

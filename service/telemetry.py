@@ -3,6 +3,7 @@
 Labels come from closed sets alone: whatever clients send, the number of series stays what it is.
 """
 
+import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from service.errors import IMAGE_ERRORS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 STAGES = ("receive", "wait", "decode", "queue", "device", "encode")
+CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 NO_ANSWER = "none"  # status class where the client left before an answer
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -52,6 +54,18 @@ class Telemetry:
             "Seconds from a request's headers to the last byte of its answer, the upload included.",
             ["route"],
             buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self._failed = Counter(
+            "hazelnut_requests_failed_total",
+            "Requests that the service failed: answered 5xx, refusals left out.",
+            ["route"],
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "hazelnut_requests_refused_total",
+            "Requests that were told to come back later: the service was full, starting or stopping.",
+            ["route"],
             registry=self.registry,
         )
         self._images = Counter(
@@ -93,6 +107,9 @@ class Telemetry:
         self.images_waiting = Gauge(
             "hazelnut_images_waiting", "Images received and not yet scored.", registry=self.registry
         )
+        self.images_waiting_limit = Gauge(
+            "hazelnut_images_waiting_limit", "How many images may be waiting.", registry=self.registry
+        )
         self.queue_age = Gauge(
             "hazelnut_queue_age_seconds", "How long the oldest image has waited for the device.", registry=self.registry
         )
@@ -114,6 +131,12 @@ class Telemetry:
             ["model"],
             registry=self.registry,
         )
+        self._calibration_images = Gauge(
+            "hazelnut_calibration_images",
+            "Held-out good images that the p-values of the version that answers count.",
+            ["model"],
+            registry=self.registry,
+        )
         self._model_version = Gauge(
             "hazelnut_model_version", "The version that answers.", ["model"], registry=self.registry
         )
@@ -123,6 +146,11 @@ class Telemetry:
         self._device_memory = Gauge(
             "hazelnut_device_memory_bytes",
             "Memory in use on the device, by whatever process; on a CPU, of this process.",
+            registry=self.registry,
+        )
+        self._device_memory_limit = Gauge(
+            "hazelnut_device_memory_limit_bytes",
+            "The device's memory; on a CPU, what the container may use, or the machine's.",
             registry=self.registry,
         )
         self._build = Info("hazelnut_build", "What is running.", registry=self.registry)
@@ -137,6 +165,15 @@ class Telemetry:
     def running_on(self, device: torch.device) -> None:
         self._build.info({"version": package_version(), "torch": torch.__version__, "device": str(device)})
         self._device_memory.set_function(lambda: memory_in_use(device))
+        self._device_memory_limit.set(memory_limit(device))
+
+    def route_begins(self, route: str, method: str) -> None:
+        """Let the route's series begin at zero: a rate needs the sample before the first failure."""
+        for status_class in ("2xx", "4xx", "5xx", NO_ANSWER):
+            self._requests.labels(route, method, status_class)
+        self._request_seconds.labels(route)
+        self._failed.labels(route)
+        self._refused.labels(route)
 
     def model_answers(self, name: str, *, version: int, drift: Drift) -> None:
         """Let the model's series begin at zero: a rate needs the sample before the first image."""
@@ -145,6 +182,7 @@ class Telemetry:
         self._anomaly_score.labels(name)
         self._p_value.labels(name)
         self._model_version.labels(name).set(version)
+        self._calibration_images.labels(name).set(drift.calibration_images)
         self._drift.labels(name).set_function(drift.distance)
         self._drift_images.labels(name).set_function(drift.images)
 
@@ -155,12 +193,14 @@ class Telemetry:
         """reason: died or slow."""
         self._decoders_lost.labels(reason).inc()
 
-    def request_ended(self, route: str, method: str, *, status: int | None, seconds: float) -> None:
+    def request_ended(self, route: str, method: str, *, status: int | None, refused: bool, seconds: float) -> None:
         """route: a template, never a path. status: None where the client left before an answer."""
         method = method if method in METHODS else "other"
         status_class = NO_ANSWER if status is None else f"{status // 100}xx"
         self._requests.labels(route, method, status_class).inc()
         self._request_seconds.labels(route).observe(seconds)
+        self._refused.labels(route).inc(refused)
+        self._failed.labels(route).inc(status is not None and status >= 500 and not refused)
 
     def image_scored(self, model: str, *, anomaly_score: float, p_value: float, is_anomalous: bool) -> None:
         self._images.labels(model, "anomalous" if is_anomalous else "normal").inc()
@@ -204,6 +244,16 @@ def memory_in_use(device: torch.device) -> float:
         return float("nan")
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def memory_limit(device: torch.device) -> float:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return float(CONTAINER_MEMORY.read_text())
+    except (OSError, ValueError):  # no container, or one with the limit "max"
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
 
 
 def route_template(matched: object, path: str, pages: Iterable[str]) -> str:

@@ -279,6 +279,7 @@ def test_models_lists_what_is_served(client, checkpoint):
     assert details["calibration_images"] == 19
     assert details["smallest_alpha"] == 0.05
     assert details["map_level"] == checkpoint.calibration.map_level(0.05)
+    assert details["good_scores"] == checkpoint.calibration.good_scores.tolist()
     assert details["device"] == "cpu"
     assert details["config"]["image_size"] == 32
     assert details["origin"] == checkpoint.origin
@@ -286,12 +287,9 @@ def test_models_lists_what_is_served(client, checkpoint):
     assert len(details["sha256"]) == 64
 
 
-def test_health_and_home(client):
+def test_health(client):
     assert client.get("/health/live").json() == {"status": "live"}
     assert client.get("/health/ready").json() == {"status": "ready"}
-    home = client.get("/", follow_redirects=False)
-    assert (home.status_code, home.headers["Location"]) == (307, "docs")
-    assert client.get("/").url.path == "/docs"
 
 
 def test_request_id_is_kept_where_it_is_harmless(client):

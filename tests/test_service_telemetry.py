@@ -1,12 +1,16 @@
 """What /metrics says, and that clients cannot make it grow."""
 
+import os
 import random
 
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.errors import ServiceError
 from service.settings import Settings
+from service.telemetry import memory_in_use, memory_limit
 from tests.conftest import png
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -94,12 +98,56 @@ def test_metrics_count_waiting_images(client):
     with batcher.places(3, 10), batcher.places(4, 10):
         assert value(scrape(client), "hazelnut_images_waiting") == 7
     assert value(scrape(client), "hazelnut_images_waiting") == 0
+    assert value(scrape(client), "hazelnut_images_waiting_limit") == Settings().max_waiting
+
+
+def test_metrics_count_failures_and_refusals_apart(client, monkeypatch):
+    service = client.app.state.service
+    lookout = "/2020-11-20/projects/nut/models/1/detect"
+    counted = "hazelnut_requests_failed_total", "hazelnut_requests_refused_total"
+
+    def send(path: str) -> object:
+        return client.post(path, content=png(), headers={"Content-Type": "image/png"}).status_code
+
+    def counts(route: str) -> list[float]:
+        return [value(scrape(client), name, f"route={route}") for name in counted]
+
+    assert value(scrape(client), "hazelnut_requests_total", "route=/score,method=POST,status_class=5xx") == 0
+    assert counts("/score") == [0, 0]
+    with service.running.batcher.places(Settings().max_waiting, 10):
+        assert (send("/score"), send(lookout)) == (503, 429)
+    assert counts("/score") == counts("/2020-11-20/projects/{project}/models/{version}/detect") == [0, 1]
+    assert client.post("/score", content=b"", headers={"Content-Type": "image/png"}).status_code == 422
+
+    async def unreadable(_: str | None) -> None:
+        raise ServiceError("model_unavailable", "the disk is gone")  # a 503, and yet no refusal
+
+    monkeypatch.setattr(service.registry, "get", unreadable)
+    assert send("/score") == 503
+    assert counts("/score") == [1, 1]
 
 
 def test_metrics_say_what_is_running(client):
     (labels,) = (dict(labels) for name, labels in scrape(client) if name == "hazelnut_build_info")
     assert labels["device"] == "cpu"
     assert set(labels) == {"version", "torch", "device"}
+
+
+def test_metrics_say_how_many_images_a_models_calibration_has(client, checkpoint):
+    assert value(scrape(client), "hazelnut_calibration_images", "model=nut") == checkpoint.calibration.n == 19
+
+
+def test_metrics_say_how_much_memory_there_may_be(client, tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    limit = value(scrape(client), "hazelnut_device_memory_limit_bytes")
+    assert limit == memory_limit(device) > memory_in_use(device) > 0
+    monkeypatch.setattr("service.telemetry.CONTAINER_MEMORY", tmp_path / "memory.max")
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_limit(device) == machine  # no such file
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit(device) == machine
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert memory_limit(device) == 2**30
 
 
 def test_metrics_have_help_and_a_prefix(client):
