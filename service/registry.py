@@ -214,9 +214,12 @@ class Registry:
         except OSError as error:
             logger.warning("cannot look for models in %s: %s", self._root, error)
             return
+        answered = set(self._answering)
         if forget:
             self._drop_all_but({each.folder for each in found})
         self._look_at(found)
+        for name in answered - set(self._answering):
+            self._telemetry.model_gone(name)
 
     def _look_at(self, found: list[Found]) -> None:
         for each in found:

@@ -186,6 +186,11 @@ class Telemetry:
         self._drift.labels(name).set_function(drift.distance)
         self._drift_images.labels(name).set_function(drift.images)
 
+    def model_gone(self, name: str) -> None:
+        """What was true of the model at a moment is true no more; what has been counted stays counted."""
+        for gauge in (self._model_version, self._calibration_images, self._drift, self._drift_images):
+            gauge.remove(name)
+
     def model_refused(self) -> None:
         self._models_refused.inc()
 

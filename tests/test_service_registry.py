@@ -210,6 +210,21 @@ def test_a_version_that_is_gone_is_served_until_it_is_to_be_forgotten(root):
     run(root, test)
 
 
+def test_a_product_that_is_gone_leaves_no_drift_to_watch(root):
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
+        def drift_images(name: str) -> float | None:
+            return telemetry.registry.get_sample_value("hazelnut_drift_images", {"model": name})
+
+        shutil.rmtree(root / "bolt")
+        await looked(registry)
+        assert drift_images("bolt") == 0
+        await looked(registry, forget=True)
+        assert (drift_images("bolt"), drift_images("nut")) == (None, 0)
+        assert telemetry.registry.get_sample_value("hazelnut_p_value_count", {"model": "bolt"}) == 0
+
+    run(root, test)
+
+
 def test_a_folder_that_is_gone_takes_nothing_with_it(root, caplog):
     async def test(registry: Registry, _: Telemetry) -> None:
         root.rename(root.with_name("away"))
