@@ -229,6 +229,7 @@ def test_at_400_pixels_nothing_has_to_be_scrolled_sideways(open_page, parts, sch
 
 def test_the_keyboard_alone_does_it_all(open_page, parts):
     page = open_page()
+    page.on("filechooser", lambda _: None)  # from now on: playwright misses a dialog that opens as it begins to listen
     expect(page.locator("#alpha")).to_have_value("0.05")
     tab_to(page, "choose")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
