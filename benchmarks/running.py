@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from benchmarks.results import write_results
-from benchmarks.traffic import NO_ANSWER, Client
+from benchmarks.traffic import NO_ANSWER, Answer, Client
 
 HAZELNUT = [sys.executable, "-m", "hazelnut"]
 RESULTS = Path("docs/benchmarks")
@@ -78,11 +78,17 @@ class Running:
         return float(values.get(series, 0))
 
     def series(self) -> list[str]:
-        text = Client(self.port).send("GET", "/metrics").body.decode()
+        text = self._get("/metrics").body.decode()
         return [line for line in text.splitlines() if not line.startswith("#")]
 
     def tracebacks(self) -> int:
         return self._log_text().count("Traceback (most recent call last)")
+
+    def _get(self, path: str) -> Answer:
+        """Raises one of NO_ANSWER."""
+        client = Client(self.port)
+        with closing(client.connection):
+            return client.send("GET", path)
 
     def _log_text(self) -> str:
         return os.pread(self.log.fileno(), 2**30, 0).decode(errors="replace")
@@ -121,7 +127,7 @@ class Running:
             if self.process.poll() is not None:
                 raise SystemExit(f"the service ended before it was ready; its log:\n{self._log_text()}")
             try:
-                if Client(self.port).send("GET", "/health/ready").status == 200:
+                if self._get("/health/ready").status == 200:
                     return
             except NO_ANSWER:
                 time.sleep(0.05)

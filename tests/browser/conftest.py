@@ -1,21 +1,14 @@
 """The real service, Debian's chromium, and drawn parts."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
+from benchmarks.running import running
 from service.security import new_key
 from service.settings import DEFAULT_CHECKPOINT
 from training.demo import KINDS, draw_defect, draw_part
@@ -23,41 +16,11 @@ from training.demo import KINDS, draw_defect, draw_part
 GOOD = 6
 
 
-@contextmanager
-def serving(log: Path, **settings: object) -> Iterator[str]:
-    """`hazelnut serve` in a process of its own; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    variables = {f"HAZELNUT_{name.upper()}": str(value) for name, value in settings.items()}
-    command = [sys.executable, "-c", "from hazelnut import main; main()", "serve", "--port", str(port), "--device=cpu"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=output, stderr=output)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 120
-        while not is_ready(address):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health/ready"):
-            return True
-    except urllib.error.URLError:
-        return False
-
-
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def service() -> Iterator[str]:
     """Of the demo model."""
-    with serving(tmp_path_factory.mktemp("service") / "log") as address:
-        yield address
+    with running(device="cpu") as process:
+        yield f"http://127.0.0.1:{process.port}"
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +35,8 @@ def keyed_service(tmp_path_factory: pytest.TempPathFactory, key_and_line: tuple[
     for version in ("gears/1", "gears/2", "bolts/1"):
         shutil.copytree(DEFAULT_CHECKPOINT, folder / "models" / version)
     (folder / "keys").write_text(key_and_line[1] + "\n")
-    with serving(folder / "log", checkpoint=folder / "models", api_keys=folder / "keys") as address:
-        yield address
+    with running(device="cpu", checkpoint=folder / "models", api_keys=folder / "keys") as process:
+        yield f"http://127.0.0.1:{process.port}"
 
 
 @pytest.fixture(scope="session")
