@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.results import write_results
 from models.calibration import Calibration
+from models.graphs import GraphedScorer
 from models.images import decode_image, image_tensor
 from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation, places_of
@@ -60,7 +62,14 @@ def main(
     rows["a batch, decoded beforehand, from memory"] = batch_from_memory(recipe, where)
     rows["a batch, decoded from PNG each time"] = batch_from_files(recipe)
     for count in (1, 16):
-        rows[f"scoring {count} x {recipe.image_size} pixels"] = scoring(recipe, where, count)
+        scorer, pixels = scorer_of(recipe, where), noise(count, recipe)
+        rows[f"scoring {count} x {recipe.image_size} pixels"] = partial(scorer.score, pixels)
+        if where.type == "cuda":
+            recorded = GraphedScorer(scorer)
+            name = f"scoring {count} x {recipe.image_size} pixels, recorded as a graph"
+            rows[name] = partial(one_by_one, recorded, [pixels])
+            rows[f"ten times {name}, one after the other"] = partial(one_by_one, recorded, 10 * [pixels])
+            rows[f"ten times {name}, copies beside the computation"] = partial(two_under_way, recorded, 10 * [pixels])
 
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(ROUNDS + 1):
@@ -142,15 +151,28 @@ def batch_from_files(recipe: Recipe) -> Measured:
     return run
 
 
-def scoring(recipe: Recipe, device: torch.device, count: int) -> Measured:
+def scorer_of(recipe: Recipe, device: torch.device) -> Scorer:
     """From pixels to verdicts, in float32, as the service does."""
     networks = ScoringNetworks(recipe.model_config(), Standardisation()).eval().to(device)
     components = 1 + networks.evidence_maps
     flat = torch.zeros(components, 64, 64)
     fusion = MapFusion(flat, flat + 1, torch.zeros(2 * components), torch.ones(2 * components)).to(device)
-    scorer = Scorer(networks, fusion, Calibration(scores=np.random.default_rng(0).normal(size=(19, 3)), alpha=0.05))
-    pixels = noise(count, recipe)
-    return lambda: scorer.score(pixels)
+    return Scorer(networks, fusion, Calibration(scores=np.random.default_rng(0).normal(size=(19, 3)), alpha=0.05))
+
+
+def one_by_one(scorer: GraphedScorer, batches: list[Tensor]) -> None:
+    for pixels in batches:
+        scorer.begin(pixels).result()
+
+
+def two_under_way(scorer: GraphedScorer, batches: list[Tensor]) -> None:
+    """As the service's device thread does while more waits."""
+    last = scorer.begin(batches[0])
+    for pixels in batches[1:]:
+        following = scorer.begin(pixels)
+        last.result()
+        last = following
+    last.result()
 
 
 if __name__ == "__main__":

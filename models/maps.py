@@ -5,6 +5,7 @@ that is never rebuilt or a screw that shines, is no anomaly there.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,12 +36,19 @@ def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
     return (2 * first * second + GRADIENT_CONSTANT) / (first**2 + second**2 + GRADIENT_CONSTANT)
 
 
+# Kept for each device: a constant that is copied there anew is one that a CUDA graph cannot hold.
+@cache
+def _prewitt(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kernels (2, 1, 3, 3): differences of rows and of columns."""
+    with torch.inference_mode(False):  # training may need what scoring has made
+        rows = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]], device=device, dtype=dtype) / 3
+        return torch.stack([rows, rows.T]).unsqueeze(1)
+
+
 def _gradient_magnitude(images: Tensor) -> Tensor:
     gray = images.mean(dim=1, keepdim=True) / 2  # (B, 1, S, S)
-    rows = gray.new_tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]]) / 3
-    kernels = torch.stack([rows, rows.T]).unsqueeze(1)  # (2, 1, 3, 3)
     # Replicated borders: zeros outside would draw an edge around every image.
-    slopes = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, S, S)
+    slopes = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), _prewitt(gray.device, gray.dtype))  # (B, 2, S, S)
     # The root's slope is infinite at zero; the constant is far below one gray level.
     return (slopes.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
 
@@ -100,10 +108,12 @@ class MapFusion(nn.Module):
         self.high: Tensor
         for name, value in (("mean", mean), ("deviation", deviation), ("low", low), ("high", high)):
             self.register_buffer(name, value.float())
+        self.weights: Tensor
+        weights = torch.tensor(AS_THEY_ARE[: len(mean)] + BY_PLACE[: len(mean)], device=mean.device)
+        self.register_buffer("weights", weights.view(1, -1, 1, 1), persistent=False)  # not of this product alone
 
     def forward(self, maps: Tensor) -> Tensor:
-        weights = maps.new_tensor(AS_THEY_ARE[: maps.shape[1]] + BY_PLACE[: maps.shape[1]]).view(1, -1, 1, 1)
-        return F.softplus((self.views(maps) * weights).sum(dim=1) / weights.sum())
+        return F.softplus((self.views(maps) * self.weights).sum(dim=1) / self.weights.sum())
 
     def views(self, maps: Tensor) -> Tensor:
         """The 2 K scaled maps, (B, 2 K, S, S): first all components as they are."""

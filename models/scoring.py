@@ -4,6 +4,7 @@ Higher is more anomalous, always. Training's calibration, the command line and t
 """
 
 import math
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,10 +110,14 @@ def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[T
     return torch.cat(codes, dim=2), stitched[:, : images.shape[1]], stitched[:, images.shape[1] :]
 
 
-def table(found: Outputs, maps: Tensor) -> FloatArray:
+def columns(found: Outputs, maps: Tensor) -> Tensor:
     """The scores (B, 3) in the order of SCORE_NAMES; that of the anomaly maps (B, S, S) is their highest value."""
-    columns = [found.reconstruction, found.latent, maps.flatten(1).amax(dim=1)]
-    return torch.stack(columns, dim=1).double().cpu().numpy()
+    return torch.stack([found.reconstruction, found.latent, maps.flatten(1).amax(dim=1)], dim=1)
+
+
+def table(found: Outputs, maps: Tensor) -> FloatArray:
+    """The same in the host's memory."""
+    return columns(found, maps).double().cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,19 +151,36 @@ class Scorer:
     def device(self) -> torch.device:
         return next(self.networks.parameters()).device
 
-    @torch.inference_mode()
     def score(self, pixels: Tensor) -> Scores:
         """Score images of models.images.image_tensor, stacked: uint8 (B, C, S, S)."""
+        return self.verdicts(*self.compute(pixels))
+
+    def begin(self, pixels: Tensor) -> "Future[Scores]":
+        """`score`, as models.graphs does it. Here it is done at once."""
+        scored: Future[Scores] = Future()
+        scored.set_result(self.score(pixels))
+        return scored
+
+    @torch.inference_mode()
+    def compute(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The device's part of `score`: scores (B, 3), maps (B, S, S) and reconstructions (B, C, S, S).
+
+        For pixels on the device nothing here waits for it or takes a value from it: a CUDA graph can hold it.
+        """
         found = outputs(self.networks, pixels)
         maps = self.fusion(found.maps)
-        scores = table(found, maps)
-        anomaly_score = self.calibration.anomaly_score(scores)
+        return columns(found, maps), maps, found.reconstructions
+
+    def verdicts(self, scores: Tensor, maps: Tensor, reconstructions: Tensor) -> Scores:
+        """The host's part."""
+        in_host = scores.double().cpu().numpy()
+        anomaly_score = self.calibration.anomaly_score(in_host)
         return Scores(
-            scores=scores,
+            scores=in_host,
             anomaly_score=anomaly_score,
             p_value=self.calibration.p_value(anomaly_score),
             maps=maps.cpu().numpy(),
-            reconstructions=found.reconstructions,
+            reconstructions=reconstructions,
         )
 
 

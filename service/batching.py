@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from models.errors import ImageFailedError
+from models.graphs import SIZES
 from models.scoring import Scores
 from service.decode_worker import YIELDING, Pixels
 from service.errors import ServiceError, logger
 from service.telemetry import Telemetry
 
-LARGEST_BATCH = 16
+LARGEST_BATCH = SIZES[0]
 LATELY = 0.1  # weight of the newest request in the time that requests have taken lately
 
 
@@ -32,10 +34,19 @@ class BusyError(ServiceError):
         super().__init__("busy", message, headers={"Retry-After": str(retry_seconds)})
 
 
-class Scoring(Protocol):
-    """A models.scoring.Scorer, or what a test has in its place."""
+class UnderWay(Protocol):
+    """A batch on the device: a Future, or a models.graphs.BatchUnderWay."""
 
-    def score(self, pixels: Tensor, /) -> Scores:
+    def done(self) -> bool: ...
+
+    def result(self) -> Scores:
+        """Waits for it. Raises what made it fail."""
+
+
+class Scoring(Protocol):
+    """A models.scoring.Scorer, a models.graphs.GraphedScorer, or what a test has in its place."""
+
+    def begin(self, pixels: Tensor, /) -> UnderWay:
         """uint8 (B, C, S, S)."""
 
 
@@ -55,9 +66,18 @@ class _Waiting:
     since: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    scorer: Scoring
+    pixels: list[Pixels]
+    scores: UnderWay
+    since: float
+
+
 class Batcher:
     """Scores the images of all models in one thread. While a batch is on the device the next one gathers, so that a
-    lone image never waits for others and a crowd shares the device. Its methods belong to the event loop that made it.
+    lone image never waits for others and a crowd shares the device. A GPU is given what waits before its last batch is
+    done, and copies it meanwhile. Its methods belong to the event loop that made it.
     """
 
     def __init__(self, *, max_images: int, max_bytes: int, telemetry: Telemetry) -> None:
@@ -142,17 +162,24 @@ class Batcher:
         # The other half of the processor decodes. Threads of torch that wait for one another on a core that is taken
         # cost more than they bring.
         torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // 2)))
-        while batch := self._next_batch():
-            outcomes = self._outcomes(batch[0].scorer, [waiting.pixels for waiting in batch])
-            # One call for all: each wakes the loop.
-            self._loop.call_soon_threadsafe(_deliver, batch, outcomes)
+        on_device: deque[tuple[list[_Waiting], _Begun]] = deque()
+        while True:
+            batch = self._next_batch(wait=not on_device)
+            if batch:
+                on_device.append((batch, self._begin(batch[0].scorer, [waiting.pixels for waiting in batch])))
+            elif not on_device:
+                return  # closed
+            while on_device and (not batch or len(on_device) == 2 or on_device[0][1].scores.done()):
+                finished, begun = on_device.popleft()
+                # One call for all: each wakes the loop.
+                self._loop.call_soon_threadsafe(_deliver, finished, self._outcomes(begun))
 
-    def _next_batch(self) -> list[_Waiting]:
-        """Sleeps while nothing waits; empty when closed."""
+    def _next_batch(self, *, wait: bool) -> list[_Waiting]:
+        """wait: sleep while nothing waits; then empty when closed."""
         batch: list[_Waiting] = []
         with self._changed:
             while not batch:
-                self._changed.wait_for(lambda: self._queue or self._closed)
+                self._changed.wait_for(lambda: self._queue or self._closed or not wait)
                 if not self._queue:
                     return []
                 batch = self._take()
@@ -177,22 +204,40 @@ class Batcher:
     def _largest_of(self, scorer: Scoring) -> int:
         return self._largest.get(scorer, LARGEST_BATCH)
 
-    def _outcomes(self, scorer: Scoring, pixels: list[Pixels]) -> list[Scored | ImageFailedError]:
+    def _begin(self, scorer: Scoring, pixels: list[Pixels]) -> _Begun:
+        since = time.perf_counter()
+        scores: UnderWay
+        try:
+            scores = scorer.begin(torch.from_numpy(np.stack(pixels)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread and the other images go on
+            scores = Future()
+            scores.set_exception(error)
+        return _Begun(scorer, pixels, scores, since)
+
+    def _outcomes(self, begun: _Begun) -> list[Scored | ImageFailedError]:
         """One for each image. A batch that fails is halved until only the image at fault does."""
+        scorer, pixels = begun.scorer, begun.pixels
         half = len(pixels) // 2
-        if len(pixels) <= self._largest_of(scorer):
-            try:
-                with self._telemetry.stage("device").time():
-                    scores = scorer.score(torch.from_numpy(np.stack(pixels)))
-                return [_checked(Scored(scores, index)) for index in range(len(pixels))]
-            except Exception as error:  # noqa: BLE001 - whatever it is, the thread and the other images go on
-                if len(pixels) == 1:
-                    logger.exception("an image could not be scored")
-                    return [ImageFailedError(f"scoring the image failed: {type(error).__name__}.")]
-                if isinstance(error, torch.OutOfMemoryError):
-                    self._largest[scorer] = half
-                logger.warning("a batch of %d images failed and is halved: %s", len(pixels), error)
-        return self._outcomes(scorer, pixels[:half]) + self._outcomes(scorer, pixels[half:])
+        try:
+            scores = begun.scores.result()
+            return [_checked(Scored(scores, index)) for index in range(len(pixels))]
+        except Exception as error:  # noqa: BLE001 - the same
+            if len(pixels) == 1:
+                logger.exception("an image could not be scored")
+                return [ImageFailedError(f"scoring the image failed: {type(error).__name__}.")]
+            if isinstance(error, torch.OutOfMemoryError):
+                self._largest[scorer] = half
+            logger.warning("a batch of %d images failed and is halved: %s", len(pixels), error)
+        finally:
+            self._telemetry.stage("device").observe(time.perf_counter() - begun.since)
+        return self._outcomes_of_parts(scorer, pixels, half)
+
+    def _outcomes_of_parts(self, scorer: Scoring, pixels: list[Pixels], size: int) -> list[Scored | ImageFailedError]:
+        outcomes: list[Scored | ImageFailedError] = []
+        while rest := pixels[len(outcomes) :]:
+            # The first part may have found that the device has memory for less.
+            outcomes += self._outcomes(self._begin(scorer, rest[: min(size, self._largest_of(scorer))]))
+        return outcomes
 
 
 def _checked(scored: Scored) -> Scored | ImageFailedError:

@@ -21,7 +21,9 @@ import torch
 from models.calibration import Calibration
 from models.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint, load_checkpoint
 from models.errors import CheckpointError
-from models.scoring import Scorer, choose_device
+from models.graphs import GraphedScorer
+from models.scoring import choose_device
+from service.batching import Scoring
 from service.drift import Drift
 from service.errors import ServiceError, logger, shown
 from service.settings import Settings
@@ -38,7 +40,7 @@ class ServedModel:
     name: str
     version: int
     checkpoint: Checkpoint
-    scorer: Scorer
+    scorer: Scoring
     drift: Drift
 
     @property
@@ -337,11 +339,11 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     return name
 
 
-def warm_scorer(checkpoint: Checkpoint, device: torch.device) -> Scorer:
+def warm_scorer(checkpoint: Checkpoint, device: torch.device) -> Scoring:
     """The checkpoint's scorer on its device, after one black image. Raises CheckpointError for one not to be served."""
     config = checkpoint.config
     scorer = checkpoint.scorer(device)
     black = torch.zeros(1, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
     if not np.isfinite(scorer.score(black).scores).all():
         raise CheckpointError("the checkpoint scores a black image with what is not a finite number.")
-    return scorer
+    return GraphedScorer(scorer) if device.type == "cuda" else scorer

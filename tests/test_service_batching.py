@@ -4,7 +4,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ class Device:
         self.batches: list[list[int]] = []
         self.gate = threading.Semaphore(0)
         self.gated = False
+
+    def begin(self, pixels: Tensor) -> Future[Scores]:
+        scored: Future[Scores] = Future()
+        scored.set_result(self.score(pixels))
+        return scored
 
     def score(self, pixels: Tensor) -> Scores:
         numbers = pixels[:, 0, 0, 0].tolist()
@@ -152,6 +159,80 @@ def test_a_device_that_is_out_of_memory_gets_smaller_batches_from_then_on():
     assert failed
     assert failed == sorted(failed, reverse=True)
     assert len(failed) == len(set(failed)) <= 3  # of 56 images: 16, 8 and 4, each tried once
+
+
+class Gpu:
+    """Computes when it is told to; its results can be waited for. Keeps what it was asked, in order."""
+
+    def __init__(self) -> None:
+        self.device = Device()
+        self.events: list[str] = []
+        self.batches: list[Future[Scores]] = []
+
+    def begin(self, pixels: Tensor) -> "Gpu.Waited":
+        self.events.append(f"begin {len(self.batches)}")
+        waited = Gpu.Waited(self, len(self.batches), pixels)
+        self.batches.append(waited.future)
+        return waited
+
+    class Waited:
+        def __init__(self, gpu: "Gpu", number: int, pixels: Tensor) -> None:
+            self.gpu, self.number, self.pixels = gpu, number, pixels
+            self.future: Future[Scores] = Future()
+
+        def done(self) -> bool:
+            return self.future.done()
+
+        def result(self) -> Scores:
+            self.gpu.events.append(f"result {self.number}")
+            self.future.exception(timeout=30)  # only waits
+            return self.gpu.device.score(self.pixels)
+
+    def has_begun(self, number: int) -> bool:
+        return len(self.batches) > number
+
+    def compute(self, number: int) -> None:
+        self.batches[number].set_result(None)  # type: ignore[arg-type]
+
+
+def test_a_gpu_is_given_the_next_batch_before_the_last_is_done_and_no_third():
+    async def test(batcher: Batcher, _: Device) -> None:
+        gpu = Gpu()
+        first = asyncio.ensure_future(batcher.score(gpu, image(99)))
+        await until(lambda: gpu.events == ["begin 0", "result 0"])  # nothing else waits: its thread waits for this one
+        crowd = [asyncio.ensure_future(batcher.score(gpu, image(number))) for number in range(20, 20 + 40)]
+        await asyncio.sleep(0)
+        gpu.compute(0)
+        assert number_of(await first) == 99
+        await until(lambda: len(gpu.events) == 5)
+        assert gpu.events[2:] == ["begin 1", "begin 2", "result 1"]  # 40 images are three batches
+        assert not any(one.done() for one in crowd)
+        gpu.compute(1)
+        await until(lambda: len(gpu.events) == 7)
+        assert gpu.events[5:] == ["begin 3", "result 2"]
+        assert [one.done() for one in crowd] == [True] * 16 + [False] * 24
+        gpu.compute(2)
+        gpu.compute(3)
+        assert [number_of(one) for one in await asyncio.gather(*crowd)] == list(range(20, 60))
+
+    run(test)
+
+
+def test_of_a_batch_that_fails_on_a_gpu_later_only_the_image_at_fault_does():
+    async def test(batcher: Batcher, _: Device) -> None:
+        gpu = Gpu()
+        first = asyncio.ensure_future(batcher.score(gpu, image(99)))
+        await until(lambda: len(gpu.events) == 2)
+        crowd = [asyncio.ensure_future(batcher.score(gpu, image(number))) for number in (1, POISON, 3)]
+        await asyncio.sleep(0)
+        for number in range(5):  # the first, the whole crowd, and each of it by itself
+            await until(partial(gpu.has_begun, number))
+            gpu.compute(number)
+        outcomes = await asyncio.gather(first, *crowd, return_exceptions=True)
+        assert [number_of(one) for one in outcomes if isinstance(one, Scored)] == [99, 1, 3]
+        assert isinstance(outcomes[2], ImageFailedError)
+
+    run(test)
 
 
 def test_places_are_bounded_in_images():

@@ -128,7 +128,7 @@ def test_a_new_version_takes_over_and_begun_requests_keep_theirs(root, checkpoin
         after = await registry.get("nut")
         assert after.version == 2
         assert after.checkpoint.weights_sha256 != before.checkpoint.weights_sha256
-        assert before.scorer.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).p_value.shape == (1,)
+        assert before.scorer.begin(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).result().p_value.shape == (1,)
         assert telemetry.registry.get_sample_value("hazelnut_model_version", {"model": "nut"}) == 2
 
     run(root, test)
