@@ -81,14 +81,44 @@ def evaluate(
     """Measure a checkpoint on the test images of a folder."""
     from models.checkpoint import load_checkpoint
     from models.scoring import choose_device
-    from training.evaluation import evaluate_folder, print_report, write_report
+    from training.evaluation import evaluate_folder, pictures_folder, print_report, write_report
 
     out = out or checkpoint.parent / "evaluation.json"
     with _errors():
         scorer = load_checkpoint(checkpoint).scorer(choose_device(device))
-        report = evaluate_folder(scorer, data, alpha=alpha, command=_command(), console=_progress_console())
+        report = evaluate_folder(
+            scorer,
+            data,
+            alpha=alpha,
+            command=_command(),
+            console=_progress_console(),
+            pictures=pictures_folder(out),
+        )
         write_report(report, out)
         print_report(report, Console())
+    typer.echo(f"written to {out}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]) -> None:
+    """Write a run's report.html: findings, figures, curves, pictures, in one file that needs no network."""
+    from training.report import write_run_report
+
+    with _errors():
+        path = write_run_report(run)
+    typer.echo(f"written to {path}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML file.")] = Path("comparison.html"),
+) -> None:
+    """Set evaluated runs side by side, with intervals over seeds: a table, and a page of it."""
+    from training.compare import compare_runs
+
+    with _errors():
+        compare_runs(runs, out, Console())
     typer.echo(f"written to {out}")
 
 

@@ -87,6 +87,7 @@ def measure(data: Path, run: Path, name: str, recipe: str, overrides: list[str],
         call([*HAZELNUT, "evaluate", str(checkpoint), str(data)])
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation.pop("command")  # it names folders of this machine
+    evaluation.pop("details", None)  # of each image
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch = json.loads((run / "run.json").read_text())["recipe"]["batch_size"]
     return {

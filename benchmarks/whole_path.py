@@ -81,6 +81,7 @@ def measure(data: Path, run: Path, recipe: str) -> Row:
     stage([*HAZELNUT, "evaluate", str(checkpoint), str(data)])
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation.pop("command")  # it names folders of this machine; the record has its own
+    evaluation.pop("details")  # of each image
 
     test = read_dataset(data).test
     paths = [str(image.path) for image in test]

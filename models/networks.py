@@ -108,20 +108,21 @@ class Decoder(nn.Module):
 class LatentDiscriminator(nn.Module):
     """codes (B, D, G, G) -> one unbounded logit per cell (B, 1, G, G): high for a draw from N(0, I).
 
-    1 x 1 convolutions are a multilayer perceptron at every cell. No normalisation: a batch norm under a gradient
-    penalty couples the samples of a batch, which the penalty's per-sample gradient must not see.
+    1 x 1 convolutions are a multilayer perceptron at every cell. batch_norm: not under a gradient penalty, because it
+    couples the samples of a batch, which the penalty's per-sample gradient must not see.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, batch_norm: bool = False) -> None:
         super().__init__()
-        width = 8 * config.width
-        self.layers = nn.Sequential(
-            nn.Conv2d(config.latent_dim, width, kernel_size=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, kernel_size=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 1, kernel_size=1),
-        )
+        layers: list[nn.Module] = []
+        channels, width = config.latent_dim, 8 * config.width
+        for _ in range(2):
+            layers.append(nn.Conv2d(channels, width, kernel_size=1))
+            activation = nn.LeakyReLU(0.2)
+            layers += _normalised(width, activation, config.batch_norm) if batch_norm else [activation]
+            channels = width
+        layers.append(nn.Conv2d(width, 1, kernel_size=1))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, codes: Tensor) -> Tensor:
         logits: Tensor = self.layers(codes)
@@ -132,19 +133,23 @@ class ImageDiscriminator(nn.Module):
     """images (B, C, H, W) -> one unbounded logit per patch (B, 1, H/16, W/16): high for a photographed part.
 
     Patches as in PatchGAN (Isola et al., arXiv 1611.07004). Group norm works sample by sample, so that it is safe
-    under a gradient penalty.
+    under a gradient penalty; batch_norm, in its place, is not.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, batch_norm: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = config.channels
         for stage in range(4):
             width = config.width * 2**stage
             layers.append(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1))
-            if stage > 0:
-                layers.append(nn.GroupNorm(num_groups=8, num_channels=width))
-            layers.append(nn.LeakyReLU(0.2))
+            activation = nn.LeakyReLU(0.2)
+            if stage > 0 and batch_norm:
+                layers += _normalised(width, activation, config.batch_norm)
+            elif stage > 0:
+                layers += [nn.GroupNorm(num_groups=8, num_channels=width), activation]
+            else:
+                layers.append(activation)
             channels = width
         layers.append(nn.Conv2d(channels, 1, kernel_size=1))
         self.layers = nn.Sequential(*layers)
@@ -171,13 +176,14 @@ class SegmentationHead(nn.Module):
         widths = [config.head_width, *self.feature_widths(config)]
         # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter.
         inputs = (2 * config.channels + 2) * 4
-        self.first = nn.Sequential(*_convolution(inputs, widths[0]), *_convolution(widths[0], widths[0]))
+        norm = config.batch_norm
+        self.first = nn.Sequential(*_convolution(inputs, widths[0], norm), *_convolution(widths[0], widths[0], norm))
         self.down = nn.ModuleList(
-            nn.Sequential(nn.MaxPool2d(2), *_convolution(fine, coarse), *_convolution(coarse, coarse))
+            nn.Sequential(nn.MaxPool2d(2), *_convolution(fine, coarse, norm), *_convolution(coarse, coarse, norm))
             for fine, coarse in pairwise(widths)
         )
         self.across = nn.ModuleList(nn.Conv2d(coarse, fine, kernel_size=1) for fine, coarse in pairwise(widths))
-        self.up = nn.ModuleList(nn.Sequential(*_convolution(fine, fine)) for fine in widths[:-1])
+        self.up = nn.ModuleList(nn.Sequential(*_convolution(fine, fine, norm)) for fine in widths[:-1])
         self.last = nn.Conv2d(widths[0], 4, kernel_size=1)
         # Defects are rare: to begin with, one pixel in twenty.
         assert self.last.bias is not None
@@ -201,11 +207,11 @@ class SegmentationHead(nn.Module):
         return logits, pyramid[1:]
 
 
-def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
+def _convolution(inputs: int, outputs: int, position: NormPosition) -> list[nn.Module]:
     return [
-        Convolution(inputs, outputs, kernel_size=3, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.LeakyReLU(0.1, inplace=True),
+        # A batch norm right after it would take a bias away again.
+        Convolution(inputs, outputs, kernel_size=3, bias=position == "after"),
+        *_normalised(outputs, nn.LeakyReLU(0.1, inplace=True), position),
     ]
 
 

@@ -1,5 +1,7 @@
 """The checkpoint that ships: small, honest about itself, and good on parts that it has never seen."""
 
+import json
+
 import pytest
 import torch
 from rich.console import Console
@@ -59,6 +61,9 @@ def test_the_demo_draws_trains_evaluates_and_writes_overlays(tmp_path):
     checkpoint = load_checkpoint(out / "run/checkpoint")
     assert checkpoint.origin["name"] == "gears"
     assert checkpoint.metrics["images"] == {"good": 3, "anomalous": 4}
+    assert "details" not in checkpoint.metrics  # of each image: in evaluation.json alone
+    assert len(json.loads((out / "run/evaluation.json").read_text())["details"]["images"]) == 7
+    assert len(list((out / "run/evaluation").iterdir())) == 7
 
     again = CliRunner().invoke(app, ["demo", f"--out={out}", "--no-serve", "--device=cpu"])
     assert again.exit_code == 0, again.output

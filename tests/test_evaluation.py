@@ -17,10 +17,24 @@ from sklearn.metrics import roc_auc_score
 from models.calibration import Calibration
 from models.checkpoint import Checkpoint
 from models.errors import CalibrationError, DataError
+from models.maps import MapFusion
+from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 from tests.conftest import png
+from training import fidelity
 from training.data import read_dataset
-from training.evaluation import evaluate_folder, measure, print_report, write_report
+from training.details import CASES, GAP, OUTLINE, PICTURE_SIDE, case_picture, score_level, write_cases
+from training.evaluation import (
+    evaluate_folder,
+    generation_quality,
+    pictures_folder,
+    print_report,
+    reconstruction_quality,
+    without_details,
+    write_report,
+)
+from training.inference import ScoredImage, score_images
+from training.measuring import measure
 
 QUIET = Console(quiet=True)
 
@@ -140,6 +154,8 @@ def test_without_good_test_images_there_are_no_false_alarms(scorer, data):
     assert report["image"] is None
     assert report["false_alarms"] is None
     assert report["reconstruction"] is None
+    assert report["generation"] is None
+    assert report["details"]["roc"] is None
     assert report["pixel"] is not None
     assert report["defects"]["crack"]["auroc"] is None
 
@@ -150,6 +166,7 @@ def test_without_defects_there_is_a_false_alarm_rate_and_no_auroc(scorer, data):
     report = evaluated(scorer, data)
     assert report["image"] is None
     assert report["pixel"] is None
+    assert report["details"]["overlap"] is None
     assert report["defects"] == {}
     assert report["false_alarms"]["flagged"] <= 6
 
@@ -211,3 +228,117 @@ def test_a_full_disk_keeps_the_last_report(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_reconstruction_and_generation_are_measured_on_as_many_images_as_there_are_good_ones(scorer, data):
+    measured = measure(scorer, read_dataset(data), QUIET)
+    reconstruction, generation = reconstruction_quality(measured), generation_quality(scorer, measured)
+    assert reconstruction is not None
+    assert generation is not None
+    assert reconstruction["images"] == generation["samples"] == 6
+    assert reconstruction["ms_ssim"] is None  # of 32 pixels
+    images, made = torch.stack(measured.good_images), torch.stack(measured.good_reconstructions)
+    assert reconstruction["sharpness_ratio"] == fidelity.sharpness_ratio(made, images)
+    assert reconstruction["frechet_random_features"] == pytest.approx(
+        fidelity.frechet_distance(fidelity.random_features(made), fidelity.random_features(images))
+    )
+    # An untrained decoder makes nothing like these images, which are noise.
+    assert generation["frechet_random_features"] > reconstruction["frechet_floor"] == generation["frechet_floor"] > 0
+    assert generation["sharpness_ratio"] < 1
+    assert list(generation["octave_ratios"]) == list(fidelity.OCTAVES)
+    assert generation_quality(scorer, measured) == generation  # the same draws from the prior
+
+
+def test_samples_of_a_model_that_scores_in_tiles_are_compared_with_tiles(checkpoint, data):
+    config = replace(checkpoint.config, image_size=64, tile=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = ScoringNetworks(config, Standardisation()).eval()
+    fusion = MapFusion(torch.zeros(2, 16, 16), torch.ones(2, 16, 16), torch.zeros(4), torch.ones(4))
+    scorer = replace(checkpoint, networks=networks, fusion=fusion).scorer(torch.device("cpu"))
+    generation = generation_quality(scorer, measure(scorer, read_dataset(data), QUIET))
+    assert generation is not None
+    assert generation["samples"] == 6
+    assert generation["variety_ratio"] > 0
+
+
+def test_one_good_image_has_no_distance_and_fewer_than_four_no_floor(scorer, data):
+    for index in (1, 2, 3, 4, 5):
+        (data / f"test/good/{index}.png").unlink()
+    measured = measure(scorer, read_dataset(data), QUIET)
+    for figures in (reconstruction_quality(measured), generation_quality(scorer, measured)):
+        assert figures is not None
+        assert figures["frechet_random_features"] is figures["frechet_floor"] is None
+
+
+def test_details_are_of_each_image_and_agree_with_the_figures(scorer, data):
+    report = evaluated(scorer, data, 0.5)
+    details = report["details"]
+    rows = details["images"]
+    assert [row["file"] for row in rows[:2]] == ["crack/0.png", "crack/1.png"]
+    assert [row["kind"] for row in rows] == ["crack"] * 4 + ["good"] * 6 + ["hole"] * 3
+    assert set(rows[0]["scores"]) == {"reconstruction", "latent", "anomaly_map"}
+    flagged = [row["anomaly_score"] > details["score_level"] for row in rows]
+    assert flagged == [row["p_value"] <= 0.5 for row in rows]
+    assert sum(flagged[4:10]) == report["false_alarms"]["flagged"]
+    area = np.trapezoid(details["roc"]["found"], details["roc"]["false_positive_rate"])
+    assert area == pytest.approx(report["image"]["auroc"]["value"])
+    area = np.trapezoid(details["overlap"]["found"], details["overlap"]["false_positive_rate"]) / 0.3
+    assert area == pytest.approx(report["pixel"]["aupro_0.3"]["value"], abs=2e-3)
+    assert len(details["roc"]["found"]) <= 200 >= len(details["overlap"]["found"])
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.951])
+def test_the_level_of_the_score_parts_what_is_flagged_from_what_is_not(scorer, alpha):
+    calibration = scorer.calibration
+    level = score_level(calibration, alpha)
+    scores = np.concatenate([calibration.good_scores, calibration.good_scores + 1e-9, [-1e6, 1e6]])
+    assert ((calibration.p_value(scores) <= alpha) == (scores > level)).all()
+
+
+def test_the_worst_cases_are_pictured_the_worst_first(scorer, data, tmp_path):
+    dataset = read_dataset(data)
+    measured = measure(scorer, dataset, QUIET)
+    cases = write_cases(scorer, dataset, measured, alpha=0.05, folder=tmp_path / "out/evaluation")
+    for name, good in (("defects", False), ("good", True)):
+        scores = measured.anomaly_scores[measured.anomalous != good].tolist()
+        shown = [case["image"] for case in cases[name]]
+        assert measured.anomaly_scores[shown].tolist() == sorted(scores, reverse=good)[:CASES]
+        assert (measured.anomalous[shown] != good).all()
+        for case in cases[name]:
+            with Image.open(tmp_path / "out" / case["picture"]) as picture:
+                assert max(picture.height, (picture.width - GAP) / 2) == PICTURE_SIDE
+
+
+def test_a_case_shows_the_masks_outline_beside_the_map(scorer, data):
+    """The mask is rows 5 to 9 and columns 8 to 13 of 30 x 40."""
+    image = next(image for image in read_dataset(data).test if image.path.name == "1.png" and image.defect == "crack")
+    (result,) = score_images(scorer, [image.path])
+    assert isinstance(result, ScoredImage)
+    pixels = np.asarray(case_picture(image, result, level=1e9))  # (168, 2 * 224 + 6, 3)
+    assert pixels.shape == (168, 2 * PICTURE_SIDE + GAP, 3)
+    rows, columns = np.nonzero((pixels == OUTLINE).all(axis=2))
+    scale = PICTURE_SIDE / 40
+    assert (columns.min() / scale, columns.max() / scale) == pytest.approx((8, 14), abs=0.5)
+    assert (rows.min() / scale, rows.max() / scale) == pytest.approx((5, 10), abs=0.5)
+    outlined = (pixels[:, :PICTURE_SIDE] == OUTLINE).all(axis=2)
+    # Without a map above its level the right half is the image itself.
+    assert (pixels[:, :PICTURE_SIDE][~outlined] == pixels[:, PICTURE_SIDE + GAP :][~outlined]).all()
+
+
+def test_pictures_that_cannot_be_written_are_one_sentence(scorer, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    dataset = read_dataset(data)
+    measured = measure(scorer, dataset, QUIET)
+    with pytest.raises(DataError, match="cannot write the pictures"):
+        write_cases(scorer, dataset, measured, alpha=0.05, folder=tmp_path / "file/evaluation")
+
+
+def test_pictures_have_a_folder_of_the_reports_name(tmp_path):
+    assert pictures_folder(tmp_path / "evaluation.json") == tmp_path / "evaluation"
+    assert pictures_folder(tmp_path / "other.json") == tmp_path / "other"
+    assert pictures_folder(tmp_path / "plain") == tmp_path / "plain.pictures"
+
+
+def test_what_there_is_of_each_image_is_left_out_of_a_checkpoint():
+    assert without_details({"image": {"auroc": 1}, "details": {"images": [1, 2]}}) == {"image": {"auroc": 1}}

@@ -154,20 +154,106 @@ def test_adversaries_take_part_in_every_nth_step(recipe, pixels):
     assert state.batches.drawn == 5 + 2 * 2
 
 
-def test_every_network_is_in_train_mode_during_its_step(recipe, pixels):
+def test_discriminators_learn_in_one_of_so_many_steps_and_teach_in_each(recipe, pixels):
+    recipe = replace(recipe, discriminator_every=3, steps=5, latent_n_critic=1)
     state = TrainingState(recipe, pixels, device=CPU)
-    networks = (state.networks.encoder, state.networks.decoder, state.image_discriminator)
-    for network in networks:
-        network.eval()
+    losses: list[dict[str, float]] = []
+    train(state, recipe, losses.append)
+    assert ["image_discriminator" in step and "latent_discriminator" in step for step in losses] == [1, 0, 0, 1, 0]
+    assert all("image_adversarial" in step and "latent_adversarial" in step for step in losses)
+    assert state.batches.drawn == 5 + 2 * 2
+
+
+def test_discriminators_learn_in_one_of_so_many_steps_of_those_with_adversaries(recipe, pixels):
+    recipe = replace(recipe, adversary_every=2, discriminator_every=2, steps=9)
+    losses: list[dict[str, float]] = []
+    train(TrainingState(recipe, pixels, device=CPU), recipe, losses.append)
+    assert ["image_adversarial" in step for step in losses] == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+    assert ["image_discriminator" in step for step in losses] == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_every_network_is_in_the_mode_that_the_recipe_asks_for_during_its_step(recipe, pixels, flag):
+    recipe = replace(recipe, train_flag=flag)
+    state = TrainingState(recipe, pixels, device=CPU)
+    networks = (
+        state.networks.encoder,
+        state.networks.decoder,
+        state.latent_discriminator,
+        state.image_discriminator,
+    )
     modes = []
     hook = lambda network, *_: modes.append((type(network).__name__, network.training))  # noqa: E731
     handles = [network.register_forward_hook(hook) for network in networks]
-    image_discriminator_step(state, recipe)
-    autoencoder_step(state, recipe, latent=True, image=True)
+    # A step by itself, as the first one after a run is resumed, when every network is in the other mode.
+    for step in (
+        latent_discriminator_step,
+        image_discriminator_step,
+        partial(autoencoder_step, latent=True, image=True),
+    ):
+        for network in networks:
+            network.train(not flag)
+        step(state, recipe)
     for handle in handles:
         handle.remove()
-    assert {name for name, _ in modes} == {"Encoder", "Decoder", "ImageDiscriminator"}
-    assert all(training for _, training in modes)
+    assert {name for name, _ in modes} == {"Encoder", "Decoder", "LatentDiscriminator", "ImageDiscriminator"}
+    assert {training for _, training in modes} == {flag}
+
+
+def norms_of(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_without_the_train_flag_statistics_stay_at_zero_and_one_and_score_so(recipe, pixels):
+    recipe = replace(recipe, image_loss="bce", image_discriminator_norm="batch", train_flag=False, ema=0.0)
+    state = trained(recipe, pixels)
+    networks = scoring_networks(state, recipe)
+    norms = [*norms_of(state.networks), *norms_of(state.image_discriminator), *norms_of(networks)]
+    assert len(norms) > 20
+    for norm in norms:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert not norm.running_mean.any()
+        assert (norm.running_var == 1).all()
+    # Trained, and scored, as the same function: the networks' own answers in eval mode.
+    images = state.networks.standardisation(pixels)
+    with torch.no_grad():
+        assert torch.equal(networks.encoder(images), state.networks.eval().encoder(images))
+    assert not any(module.training for module in networks.modules())
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_batch_norm_in_both_discriminators_is_trained_with(recipe, pixels, position):
+    recipe = replace(recipe, batch_norm=position, latent_loss="bce", image_loss="bce")
+    recipe = replace(recipe, latent_discriminator_norm="batch", image_discriminator_norm="batch")
+    state = trained(recipe, pixels)
+    for discriminator in (state.latent_discriminator, state.image_discriminator):
+        norms = norms_of(discriminator)
+        assert norms
+        assert all(norm.running_mean is not None and norm.running_mean.any() for norm in norms)
+    assert not norms_of(
+        TrainingState(replace(recipe, image_discriminator_norm="group"), pixels, device=CPU).image_discriminator
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"),
+    [
+        ("diary-2021-03-31", 7 * (1 + 1 + 1)),
+        ("diary-2021-04-06", 7 + 2 * (1 + 1)),  # the discriminators learn in steps 0 and 5
+        ("diary-2021-04-09", 7 * (1 + 1 + 5)),
+        ("diary-next", 7 * (1 + 5 + 5)),
+    ],
+)
+def test_a_recipe_of_the_diary_trains(name, batches, pixels):
+    recipe = load_recipe(name, ["image_size=32", "width=8", "batch_size=4", "steps=7"])
+    losses: list[dict[str, float]] = []
+    state = TrainingState(recipe, pixels, device=CPU)
+    train(state, recipe, losses.append)
+    assert [("latent_penalty" in step, "image_penalty" in step) for step in losses] == [
+        (recipe.latent_loss == "wgan-gp", recipe.image_loss == "wgan-gp")
+    ] * 7
+    assert state.batches.drawn == batches
 
 
 def test_an_adversary_without_weight_is_not_trained(recipe, pixels):

@@ -7,13 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from models.calibration import Calibration
 from training import metrics
@@ -328,53 +326,38 @@ def test_bootstrap_mean_interval_resamples_groups_and_not_values():
     assert metrics.bootstrap_mean_interval(np.repeat(values, 10), np.repeat(groups, 10)) == pytest.approx((low, high))
 
 
-# Reconstructions
+# Curves
 
 
-def pictures(count: int = 3, *, seed: int = 0) -> torch.Tensor:
-    return torch.rand((count, 3, 32, 32), generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.8
+@pytest.mark.parametrize("images", [8, 2000])
+def test_roc_points_are_corners_of_the_curve_and_enclose_its_area(images):
+    random = np.random.default_rng(0)
+    labels = np.arange(images) % 3 == 0
+    scores = random.normal(size=images) + labels
+    false_positives, true_positives = metrics.roc_points(labels, scores)
+    assert len(false_positives) <= metrics.CURVE_POINTS
+    assert (false_positives[0], true_positives[0], false_positives[-1], true_positives[-1]) == (0, 0, 1, 1)
+    rates = {(float((scores[~labels] >= t).mean()), float((scores[labels] >= t).mean())) for t in [np.inf, *scores]}
+    assert set(zip(false_positives.tolist(), true_positives.tolist(), strict=True)) <= rates
+    area = np.trapezoid(true_positives, false_positives)
+    assert area == pytest.approx(metrics.image_auroc(labels, scores), abs=0.01)
 
 
-def blurred(images: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+def test_roc_points_refuse_images_of_one_kind():
+    with pytest.raises(ValueError, match="of one kind"):
+        metrics.roc_points(np.array([True, True]), np.array([0.1, 0.2]))
 
 
-def test_psnr_is_the_mean_of_the_images_decibels():
-    # 20 log10(range / error) with a range of 2: 26.02 dB for an error of 0.1, 46.02 dB for 0.01.
-    images = pictures(2)
-    error = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    assert metrics.psnr(images + error, images) == pytest.approx(20 * math.log10(2) + (20 + 40) / 2, abs=1e-3)
-
-
-def test_psnr_of_equal_images_is_finite():
-    assert metrics.psnr(pictures(), pictures()) == pytest.approx(126.02, abs=0.01)
-
-
-def test_ssim_is_one_for_equal_images_and_torchmetrics_mean_for_others():
-    images = pictures(19)
-    assert metrics.ssim(images, images) == pytest.approx(1, abs=1e-6)
-    noisy = images + 0.3 * pictures(19, seed=1) * torch.linspace(0, 1, 19).view(19, 1, 1, 1)
-    expected = structural_similarity_index_measure(noisy, images, data_range=2.0)
-    assert isinstance(expected, torch.Tensor)
-    assert metrics.ssim(noisy, images) == pytest.approx(float(expected), abs=1e-5)
-    assert metrics.ssim(noisy, images) < 0.99
-
-
-def test_sharpness_ratio_is_one_for_equal_images_and_less_for_blurred_ones():
-    images = pictures()
-    assert metrics.sharpness_ratio(images, images) == 1
-    assert metrics.sharpness_ratio(blurred(images), images) < 0.2
-    assert metrics.sharpness_ratio(images, blurred(images)) > 5
-
-
-def test_sharpness_ratio_is_the_square_of_the_contrast_and_blind_to_brightness():
-    images = pictures()
-    assert metrics.sharpness_ratio(images / 2 + 0.3, images) == pytest.approx(1 / 4, rel=1e-4)
-
-
-def test_sharpness_ratio_of_a_flat_image_is_one_where_the_reconstruction_is_flat():
-    flat = torch.full((1, 3, 16, 16), 0.25)
-    assert metrics.sharpness_ratio(flat - 0.5, flat) == 1
+@pytest.mark.parametrize("levels", [None, 4])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_overlap_points_enclose_the_area_of_aupro(levels, limit):
+    found = metrics.pixel_statistics(*drawn(levels))
+    rates, overlaps = metrics.overlap_points(found, fpr_limit=limit)
+    assert (rates[0], rates[-1]) == (0, limit)
+    assert (np.diff(rates, 2) > 0).all()  # closer together where the curve is steep
+    assert np.all(np.diff(overlaps) >= 0)
+    area = np.trapezoid(overlaps, rates) / limit
+    assert area == pytest.approx(metrics.aupro(found, fpr_limit=limit), abs=2e-3)
 
 
 # False alarms

@@ -149,6 +149,40 @@ def test_a_discriminator_has_no_batch_norm(network):
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
 
 
+@pytest.mark.parametrize(("network", "norms"), [(LatentDiscriminator, 2), (ImageDiscriminator, 3)])
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_discriminator_with_batch_norm_has_it_on_the_asked_side_and_no_other_norm(network, norms, position):
+    layers = list(network(config_of(batch_norm=position), batch_norm=True).layers)
+    found = [index for index, layer in enumerate(layers) if isinstance(layer, nn.BatchNorm2d)]
+    assert len(found) == norms
+    offset = 1 if position == "before" else -1
+    assert all(isinstance(layers[index + offset], nn.LeakyReLU) for index in found)
+    assert not any(isinstance(layer, nn.GroupNorm) for layer in layers)
+    assert sum(isinstance(layer, nn.LeakyReLU) for layer in layers) == (2 if network is LatentDiscriminator else 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("network", "shape"), [(LatentDiscriminator, (4, 2, 2)), (ImageDiscriminator, (3, 32, 32))])
+def test_a_discriminator_with_batch_norm_mixes_the_samples_of_a_batch(network, shape):
+    """Which is why it is refused under a gradient penalty."""
+    discriminator = network(config_of(), batch_norm=True).train()
+    batch = draw(5, *shape)
+    assert not torch.allclose(discriminator(batch)[:2], discriminator(batch[:2]), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("network", "shape"), [(LatentDiscriminator, (4, 2, 2)), (ImageDiscriminator, (3, 32, 32))])
+def test_batch_norm_after_the_last_activation_leaves_a_discriminator_no_margin(network, shape):
+    """A batch norm's outputs have the mean that it has learned, whatever it sees; what follows is linear."""
+    real, fake = draw(8, *shape), 3 + draw(8, *shape, seed=1)
+    margins = {}
+    for position in ("before", "after"):
+        discriminator = network(config_of(batch_norm=position), batch_norm=True).train()
+        margins[position] = float((discriminator(real).mean() - discriminator(fake).mean()).abs())
+    assert margins["after"] < 1e-5
+    assert margins["before"] > 1e-3
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("network", "shape"), [(LatentDiscriminator, (4, 2, 2)), (ImageDiscriminator, (3, 32, 32))])
 def test_the_gradient_of_a_discriminator_at_one_sample_ignores_the_others(network, shape, training):
@@ -209,6 +243,18 @@ def test_batch_norm_stands_on_the_asked_side_of_the_activation(network, position
     assert len(activations) == 4
     assert all(isinstance(layers[index + offset], nn.BatchNorm2d) for index in activations)
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers) == len(activations)
+
+
+@pytest.mark.parametrize(("position", "offset"), [("before", -1), ("after", 1)])
+def test_batch_norm_of_the_head_stands_on_the_asked_side_too(position, offset):
+    head = SegmentationHead(config_of(batch_norm=position, head_width=8))
+    rows = [list(block) for block in head.modules() if isinstance(block, nn.Sequential)]
+    found = [(row, index) for row in rows for index, layer in enumerate(row) if isinstance(layer, nn.LeakyReLU)]
+    assert len(found) == 2 + 3 * 2 + 3  # at its finest, on the way down, on the way up
+    assert all(isinstance(row[index + offset], nn.BatchNorm2d) for row, index in found)
+    # A bias between convolution and batch norm would do nothing; before an activation it does.
+    convolutions = [layer for row in rows for layer in row if isinstance(layer, Convolution)]
+    assert all((layer.bias is None) == (position == "before") for layer in convolutions)
 
 
 def test_parameter_count_counts_every_number():

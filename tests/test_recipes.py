@@ -49,12 +49,16 @@ REFUSED = [
     ("latent_loss", "BCE", "bce, wgan-gp"),
     ("latent_weight", "-0.001", "0 or more"),
     ("latent_n_critic", "0", "1 or more"),
+    ("latent_discriminator_norm", "group", "none, batch"),
     ("image_loss", "hinge", "bce, wgan-gp"),
     ("image_weight", "-0.001", "0 or more"),
     ("image_n_critic", "-1", "1 or more"),
     ("image_n_critic", "1.5", "a whole number"),
+    ("image_discriminator_norm", "none", "group, batch"),
     ("gradient_penalty_weight", "0", "more than 0"),
     ("adversary_every", "0", "1 or more"),
+    ("discriminator_every", "0", "1 or more"),
+    ("discriminator_every", "0.2", "a whole number"),
     ("steps", "0", "1 or more"),
     ("steps", "1e3", "a whole number"),
     ("steps", "", "a whole number"),
@@ -67,6 +71,7 @@ REFUSED = [
     ("ema", "-0.5", "0 up to, but not including, 1"),
     ("mixed_precision", "True", "true, false"),
     ("mixed_precision", "1", "true, false"),
+    ("train_flag", "0", "true, false"),
     ("seed", "-1", "0 to 2147483647"),
     ("seed", "2147483648", "0 to 2147483647"),
     ("calibration_fraction", "0", "more than 0, up to 0.5"),
@@ -95,6 +100,54 @@ WRONG_TYPES = [
 def test_shipped_recipes_load_with_every_value_of_their_file(name):
     values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
     assert asdict(load_recipe(name, [])) == values
+
+
+DIARY = ["diary-2021-03-31", "diary-2021-04-06", "diary-2021-04-09", "diary-next"]
+
+
+def test_the_recipes_of_the_diary_differ_in_what_the_diary_says():
+    first, second, third, following = (asdict(load_recipe(name, [])) for name in DIARY)
+    assert {key: second[key] for key in first if first[key] != second[key]} == {
+        "train_flag": True,
+        "discriminator_every": 5,
+    }
+    assert {key: third[key] for key in second if second[key] != third[key]} == {
+        "discriminator_every": 1,
+        "image_loss": "wgan-gp",
+        "image_n_critic": 5,
+        "image_discriminator_norm": "group",
+    }
+    assert {key: following[key] for key in third if third[key] != following[key]} == {
+        "latent_loss": "wgan-gp",
+        "latent_n_critic": 5,
+        "latent_discriminator_norm": "none",
+    }
+
+
+@pytest.mark.parametrize("name", DIARY)
+@pytest.mark.parametrize("change", ["image_size=96", "image_size=128", "batch_norm=after"])
+def test_a_recipe_of_the_diary_is_plain_and_takes_the_changes_of_the_study(name, change):
+    recipe = load_recipe(name, [change])
+    assert (recipe.latent, recipe.head_width, recipe.crop, recipe.schedule) == ("vector", 0, 0, "constant")
+    assert recipe.ssim_weight == recipe.gradient_weight == recipe.corruption == recipe.jitter == 0
+    assert recipe.adversary_every == 1
+
+
+def test_wrong_flags_are_those_of_the_diarys_first_entry_alone():
+    assert [name for name in recipe_names() if not load_recipe(name, []).train_flag] == ["diary-2021-03-31"]
+
+
+@pytest.mark.parametrize(("adversary", "norm"), [("latent", "none"), ("image", "group")])
+def test_batch_norm_in_a_discriminator_with_a_gradient_penalty_is_refused_with_the_reason(adversary, norm):
+    changes = [f"{adversary}_loss=wgan-gp", f"{adversary}_discriminator_norm=batch"]
+    with pytest.raises(ConfigError) as refusal:
+        load_recipe("tiny", changes)
+    assert str(refusal.value) == (
+        f"{adversary}_discriminator_norm is 'batch': with {adversary}_loss wgan-gp allowed is {norm}, because the "
+        f"penalty is on the gradient of each sample, and batch norm mixes those of a batch."
+    )
+    # The other adversary may have it.
+    load_recipe("tiny", [changes[0], f"{'image' if adversary == 'latent' else 'latent'}_discriminator_norm=batch"])
 
 
 def test_a_vector_of_codes_takes_no_crop():
@@ -186,6 +239,9 @@ def test_one_term_of_the_reconstruction_loss_is_enough(weight):
         ("ema", "0", 0.0),
         ("mixed_precision", "true", True),
         ("mixed_precision", "false", False),
+        ("train_flag", "false", False),
+        ("discriminator_every", "5", 5),
+        ("latent_discriminator_norm", "batch", "batch"),
         ("seed", "2147483647", 2**31 - 1),
         ("calibration_fraction", "0.5", 0.5),
         ("alpha", "0.01", 0.01),

@@ -12,6 +12,8 @@ from models.errors import ConfigError
 RECIPES = Path(__file__).parent / "recipes"
 
 AdversarialLoss = Literal["bce", "wgan-gp"]
+LatentDiscriminatorNorm = Literal["none", "batch"]
+ImageDiscriminatorNorm = Literal["group", "batch"]
 Schedule = Literal["constant", "cosine"]
 
 
@@ -38,15 +40,19 @@ class Recipe:
     ssim_weight: float
     gradient_weight: float
     head_weight: float
-    # The two adversaries. n_critic: discriminator steps per autoencoder step, each on a fresh batch.
+    # The two adversaries. n_critic: discriminator steps per autoencoder step, each on a fresh batch. batch: batch norm,
+    # as in the diary, where `batch_norm` says.
     latent_loss: AdversarialLoss
     latent_weight: float
     latent_n_critic: int
+    latent_discriminator_norm: LatentDiscriminatorNorm
     image_loss: AdversarialLoss
     image_weight: float
     image_n_critic: int
+    image_discriminator_norm: ImageDiscriminatorNorm
     gradient_penalty_weight: float
     adversary_every: int  # steps of the autoencoder from one in which the adversaries take part to the next
+    discriminator_every: int  # of those steps, from one in which the discriminators learn to the next
     # Optimisation.
     steps: int
     batch_size: int
@@ -55,6 +61,9 @@ class Recipe:
     schedule: Schedule
     ema: float  # decay per step of the averaged weights, which are the ones that score
     mixed_precision: bool  # bfloat16 for the networks, where the device computes it
+    # False repeats the mistake of the diary's first entry: during training, too, the networks are called as if for
+    # scoring. Batch norm then divides by running statistics that never move from 0 and 1: it normalises nothing.
+    train_flag: bool
     seed: int
     # The held-out images.
     calibration_fraction: float
@@ -80,9 +89,17 @@ class Recipe:
             _check(name, value, 0 <= value < math.inf, "0 or more")
         if not self.l2_weight + self.ssim_weight + self.gradient_weight:
             raise ConfigError("l2_weight, ssim_weight and gradient_weight are all 0: one must be more.")
-        for name in ("latent_n_critic", "image_n_critic", "adversary_every", "steps", "save_every"):
+        counts = ("latent_n_critic", "image_n_critic", "adversary_every", "discriminator_every", "steps", "save_every")
+        for name in counts:
             value = getattr(self, name)
             _check(name, value, value >= 1, "1 or more")
+        for adversary, norm in (("latent", "none"), ("image", "group")):
+            loss, chosen = getattr(self, f"{adversary}_loss"), getattr(self, f"{adversary}_discriminator_norm")
+            if loss == "wgan-gp" and chosen == "batch":
+                raise ConfigError(
+                    f"{adversary}_discriminator_norm is 'batch': with {adversary}_loss wgan-gp allowed is {norm}, "
+                    f"because the penalty is on the gradient of each sample, and batch norm mixes those of a batch."
+                )
         weight = self.gradient_penalty_weight
         _check("gradient_penalty_weight", weight, 0 < weight < math.inf, "more than 0")
         # Batch norm has nothing to average over in a batch of one.

@@ -89,23 +89,35 @@ def shapes(draws: Draws, size: int) -> Tensor:
     noise = draws.noise(1, size, roughness=0.6)
 
     kind = draws.uniform(0, 1)
-    is_box, is_specks, is_line = (kind > 0.45) & (kind < 0.55), (kind > 0.55) & (kind < 0.65), kind > 0.65
-
-    # A blob or a box is where the distance from its centre, in units of its radius, is below one.
     radius, stretch, softness = draws.octaves(0.012 * size, 0.25 * size), draws.octaves(0.5, 2), draws.octaves(0.5, 6)
-    first, second = (along / (radius * stretch)).abs(), (beside / (radius / stretch)).abs()
-    distance = torch.where(is_box, torch.maximum(first, second), torch.hypot(first, second))
-    distance = distance + torch.where(is_box, 0.0, draws.uniform(0, 0.5)) * noise
-    blob = ((1 - distance) * radius / softness + 0.5).clamp(0, 1)
-    # Specks are the peaks of the noise within a blob, the highest of them at least.
-    peak = torch.where(blob < 1, -4.0, noise).amax(dim=(2, 3), keepdim=True)
-    specks = blob * (4 * (noise - peak + draws.uniform(0.2, 1))).clamp(0, 1)
-
-    # A line is where a straight one, bent by noise, passes within half its width.
+    roughness, speck_height = draws.uniform(0, 0.5), draws.uniform(0.2, 1)
     half_length, half_width = draws.octaves(0.04 * size, 0.35 * size), draws.octaves(0.4, 2.5)
-    bent = beside - draws.octaves(0.3, 0.08 * size) * noise
-    line = (half_width + 0.5 - bent.abs()).clamp(0, 1) * (half_length + 0.5 - along.abs()).clamp(0, 1)
-    return torch.where(is_line, line, torch.where(is_specks, specks, blob))
+    bend = draws.octaves(0.3, 0.08 * size)
+
+    # Each shape is computed where it is used only.
+    drawn = torch.empty_like(noise)
+    is_line = (kind > 0.65).flatten()
+    chosen = is_line.nonzero().squeeze(1)
+    # A line is where a straight one, bent by noise, passes within half its width.
+    bent = beside[chosen] - bend[chosen] * noise[chosen]
+    line = (half_width[chosen] + 0.5 - bent.abs()).clamp(0, 1)
+    drawn[chosen] = line * (half_length[chosen] + 0.5 - along[chosen].abs()).clamp(0, 1)
+
+    chosen = (~is_line).nonzero().squeeze(1)
+    # A blob or a box is where the distance from its centre, in units of its radius, is below one.
+    kind, radius, stretch, noise = kind[chosen], radius[chosen], stretch[chosen], noise[chosen]
+    is_box = (kind > 0.45) & (kind < 0.55)
+    first, second = (along[chosen] / (radius * stretch)).abs(), (beside[chosen] / (radius / stretch)).abs()
+    distance = torch.where(is_box, torch.maximum(first, second), torch.hypot(first, second))
+    distance = distance + torch.where(is_box, 0.0, roughness[chosen]) * noise
+    blob = ((1 - distance) * radius / softness[chosen] + 0.5).clamp(0, 1)
+    # Specks are the peaks of the noise within a blob, the highest of them at least.
+    specks = (kind > 0.55).flatten().nonzero().squeeze(1)
+    within, peaks = blob[specks], noise[specks]
+    highest = torch.where(within < 1, -4.0, peaks).amax(dim=(2, 3), keepdim=True)
+    blob[specks] = within * (4 * (peaks - highest + speck_height[chosen[specks]])).clamp(0, 1)
+    drawn[chosen] = blob
+    return drawn
 
 
 def fillings(images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:

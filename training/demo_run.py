@@ -11,7 +11,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from training.config import load_recipe
 from training.data import read_dataset
 from training.demo import write_demo
-from training.evaluation import evaluate_folder, print_report, write_report
+from training.evaluation import evaluate_folder, pictures_folder, print_report, without_details, write_report
 from training.inference import ScoredImage, score_images, write_overlay
 from training.run import train_folder
 
@@ -37,9 +37,12 @@ def run_demo(out: Path, *, device: torch.device, command: str, progress: Console
     )
     checkpoint = load_checkpoint(checkpoint_folder)
     scorer = checkpoint.scorer(device)
-    report = evaluate_folder(scorer, parts, alpha=None, command=command, console=progress)
-    save_checkpoint(checkpoint_folder, replace(checkpoint, metrics=report))
-    write_report(report, out / "run" / "evaluation.json")
+    evaluation = out / "run" / "evaluation.json"
+    report = evaluate_folder(
+        scorer, parts, alpha=None, command=command, console=progress, pictures=pictures_folder(evaluation)
+    )
+    save_checkpoint(checkpoint_folder, replace(checkpoint, metrics=without_details(report)))
+    write_report(report, evaluation)
     print_report(report, console)
     level = scorer.calibration.map_level(scorer.calibration.alpha)
     test = [image.path for image in read_dataset(parts).test]

@@ -3,9 +3,7 @@ epoch; alpha comes from calibration.
 """
 
 import json
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from torch import Tensor
 from models.calibration import SCORE_NAMES, Calibration
 from models.errors import DataError
 from models.files import replace_file
-from models.scoring import MapArray, Scorer
-from training import metrics
-from training.data import GOOD, Dataset, TestImage, load_mask, read_dataset, unreadable
-from training.inference import FailedImage, ScoredImage, score_images
-from training.progress import peak_memory_bytes, progress_bar
+from models.scoring import Scorer, windows
+from training import fidelity, metrics
+from training.data import GOOD, read_dataset
+from training.details import details
+from training.measuring import Measured, measure
+from training.progress import peak_memory_bytes
 
 ImageMetric = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
 
@@ -34,37 +33,31 @@ FIGURES = {
     "f1_max": "F1-max",
     "aupro_0.3": "AUPRO@0.3",
     "aupro_0.05": "AUPRO@0.05",
-    "psnr_db": "PSNR of good images, dB",
-    "ssim": "SSIM of good images",
-    "sharpness_ratio": "sharpness ratio of good images",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Of N test images, in the folder's order. Maps and masks are (H, W), at each image's own resolution."""
-
-    defects: NDArray[np.str_]  # (N,) "good" or the kind of the defect
-    scores: NDArray[np.float64]  # (N, 3) in the order of SCORE_NAMES
-    anomaly_scores: NDArray[np.float64]  # (N,)
-    p_values: NDArray[np.float64]  # (N,)
-    maps: list[MapArray]
-    masks: list[NDArray[np.bool_] | None]  # None: a defect whose mask the folder does not have
-    good_images: list[Tensor]  # (C, S, S) in [-1, 1], what the model saw
-    good_reconstructions: list[Tensor]  # (C, S, S) in [-1, 1]
-    seconds: float
-
-    @property
-    def anomalous(self) -> NDArray[np.bool_]:
-        return np.asarray(self.defects != GOOD)
+FIDELITY = {
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "sharpness_ratio": "sharpness ratio",
+    "variety_ratio": "variety ratio",
+    "frechet_random_features": "Fréchet (random features)",
+}
+DETAILS = "details"
 
 
 def evaluate_folder(
-    scorer: Scorer, data: Path, *, alpha: float | None, command: str, console: Console
+    scorer: Scorer,
+    data: Path,
+    *,
+    alpha: float | None,
+    command: str,
+    console: Console,
+    pictures: Path | None = None,
 ) -> dict[str, Any]:
-    """Score a folder's test images and measure the scores. Returns what model.json and evaluation.json hold.
+    """Score a folder's test images and measure the scores. Returns what evaluation.json holds.
 
-    alpha: None takes the checkpoint's. Raises DataError, CalibrationError.
+    alpha: None takes the checkpoint's. pictures: a folder for those of the worst misses and false alarms. Raises
+    DataError, CalibrationError.
     """
     dataset = read_dataset(data)
     if not dataset.test:
@@ -80,56 +73,18 @@ def evaluate_folder(
         "image": image_level(measured),
         "pixel": pixel_level(statistics),
         "reconstruction": reconstruction_quality(measured),
+        "generation": generation_quality(scorer, measured),
         "false_alarms": false_alarms(measured, alpha=alpha, calibration=scorer.calibration),
         "defects": by_defect(measured, statistics, alpha=alpha),
         "images_per_second": len(measured.defects) / measured.seconds,
         "peak_memory_bytes": peak_memory_bytes(scorer.device),
+        DETAILS: details(scorer, dataset, measured, statistics, alpha=alpha, pictures=pictures),
     }
 
 
-def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
-    """Score the test images. Raises DataError naming the images that cannot be read, or a mask that does not fit."""
-    rows: list[list[float]] = []
-    anomaly_scores: list[float] = []
-    p_values: list[float] = []
-    maps, masks, good_images, good_reconstructions = [], [], [], []
-    failed: list[str] = []
-    begin = time.perf_counter()
-    with progress_bar(console) as bar:
-        task = bar.add_task("evaluating", total=len(dataset.test), detail="")
-        results = score_images(scorer, [image.path for image in dataset.test])
-        for test_image, result in zip(dataset.test, results, strict=True):
-            bar.advance(task)
-            if isinstance(result, FailedImage):
-                failed.append(f"{result.path}: {result.error}")
-                continue
-            rows.append([result.scores[name] for name in SCORE_NAMES])
-            anomaly_scores.append(result.anomaly_score)
-            p_values.append(result.p_value)
-            maps.append(result.full_map())
-            masks.append(_mask(test_image, result))
-            if test_image.defect == GOOD:
-                good_images.append(result.pixels.float() / 127.5 - 1)
-                good_reconstructions.append((2 * result.reconstruction - 1).clamp(-1, 1))
-    if failed:
-        raise unreadable(failed, of=f"{len(dataset.test)} test images")
-    return Measured(
-        defects=np.array([image.defect for image in dataset.test]),
-        scores=np.array(rows),
-        anomaly_scores=np.array(anomaly_scores),
-        p_values=np.array(p_values),
-        maps=maps,
-        masks=masks,
-        good_images=good_images,
-        good_reconstructions=good_reconstructions,
-        seconds=time.perf_counter() - begin,
-    )
-
-
-def _mask(test_image: TestImage, result: ScoredImage) -> NDArray[np.bool_] | None:
-    if test_image.defect != GOOD and test_image.mask is None:
-        return None
-    return load_mask(test_image, width=result.image.width, height=result.image.height)
+def without_details(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures alone, without what there is of each image: for model.json."""
+    return {key: value for key, value in report.items() if key != DETAILS}
 
 
 def image_level(measured: Measured) -> dict[str, Any] | None:
@@ -173,15 +128,50 @@ def pixel_level(statistics: metrics.PixelStatistics | None) -> dict[str, Any] | 
     return report
 
 
-def reconstruction_quality(measured: Measured) -> dict[str, float] | None:
+def reconstruction_quality(measured: Measured) -> dict[str, Any] | None:
     """How well good parts are rebuilt, at the model's resolution; None without good images."""
     if not measured.good_images:
         return None
     images, reconstructions = torch.stack(measured.good_images), torch.stack(measured.good_reconstructions)
     return {
-        "psnr_db": metrics.psnr(reconstructions, images),
-        "ssim": metrics.ssim(reconstructions, images),
-        "sharpness_ratio": metrics.sharpness_ratio(reconstructions, images),
+        "images": len(images),
+        "psnr_db": fidelity.psnr(reconstructions, images),
+        "ssim": fidelity.ssim(reconstructions, images),
+        "ms_ssim": fidelity.ms_ssim(reconstructions, images),
+        **_set_figures(reconstructions, images),
+    }
+
+
+@torch.inference_mode()
+def generation_quality(scorer: Scorer, measured: Measured) -> dict[str, Any] | None:
+    """How like good parts the decoder's pictures of as many draws from N(0, I) are; None without good images.
+
+    The prior is drawn on the CPU with a fixed seed. Of a model that scores in tiles, images are cut to tiles too.
+    """
+    if not measured.good_images:
+        return None
+    config, networks, count = scorer.config, scorer.networks, len(measured.good_images)
+    shape = (count, config.latent_dim, config.latent_side, config.latent_side)
+    codes = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(scorer.device)
+    decoded = torch.cat([networks.standardisation.intensities(networks.decoder(few)) for few in torch.split(codes, 16)])
+    samples = (2 * decoded.cpu() - 1).clamp(-1, 1)  # (N, C, side, side)
+    cuts = windows(config.image_size, config.side)
+    images = torch.stack([image[..., *cuts[i % len(cuts)]] for i, image in enumerate(measured.good_images)])
+    return {
+        "samples": count,
+        "variety_ratio": fidelity.variety_ratio(samples, images),
+        **_set_figures(samples, images),
+    }
+
+
+def _set_figures(made: Tensor, images: Tensor) -> dict[str, Any]:
+    features = fidelity.random_features(images)
+    distance = fidelity.frechet_distance(fidelity.random_features(made), features) if len(images) > 1 else None
+    return {
+        "sharpness_ratio": fidelity.sharpness_ratio(made, images),
+        "octave_ratios": fidelity.octave_ratios(made, images),
+        "frechet_random_features": distance,
+        "frechet_floor": fidelity.frechet_floor(features),
     }
 
 
@@ -250,6 +240,11 @@ def _mean_with_interval(areas: NDArray[np.float64], images: NDArray[np.int64]) -
     return {"value": float(areas.mean()), "low": low, "high": high}
 
 
+def pictures_folder(out: Path) -> Path:
+    """evaluation/ for evaluation.json."""
+    return out.with_suffix("") if out.suffix else out.with_name(f"{out.name}.pictures")
+
+
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Raises DataError if the file cannot be written."""
     try:
@@ -267,8 +262,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for level, names in (("image", ("auroc", "ap", "f1_max")), ("pixel", ("auroc", "ap", "aupro_0.3", "aupro_0.05"))):
         for name in names if report[level] else ():
             table.add_row(f"{level} {FIGURES[name]}", *_value_and_interval(report[level][name]))
-    for name, value in (report["reconstruction"] or {}).items():
-        table.add_row(FIGURES[name], f"{value:.2f}", "")
+    for level in ("reconstruction", "generation"):
+        figures = report[level] or {}
+        for name in (name for name in FIDELITY if figures.get(name) is not None):
+            floor = figures["frechet_floor"] if name == "frechet_random_features" else None
+            beside = "" if floor is None else f"{floor:.3g}: halves of {report['images']['good']}"
+            table.add_row(f"{level} {FIDELITY[name]}", f"{figures[name]:.3g}", beside)
     if alarms:
         promised = f"({alarms['promised_low']:.2f}-{alarms['promised_high']:.2f}) promised"
         table.add_row(f"false alarms at alpha {alarms['alpha']:g}", f"{alarms['rate']:.3f}", promised)

@@ -80,8 +80,11 @@ class TrainingState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.networks = ScoringNetworks(config, standardisation_of(pixels)).to(device)
-            self.latent_discriminator = LatentDiscriminator(config).to(device)
-            self.image_discriminator = ImageDiscriminator(config).to(device).to(memory_format=torch.channels_last)
+            batch_norm = recipe.latent_discriminator_norm == "batch"
+            self.latent_discriminator = LatentDiscriminator(config, batch_norm=batch_norm).to(device)
+            batch_norm = recipe.image_discriminator_norm == "batch"
+            self.image_discriminator = ImageDiscriminator(config, batch_norm=batch_norm).to(device)
+            self.image_discriminator.to(memory_format=torch.channels_last)
         # The weights that score: an exponential moving average smooths what the adversaries stir up.
         self.averaged = copy.deepcopy(self.networks)
         self.optimizer = torch.optim.Adam(self.networks.parameters(), betas=BETAS)
@@ -151,9 +154,10 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
             bool(weight) and state.step % recipe.adversary_every == 0
             for weight in (recipe.latent_weight, recipe.image_weight)
         )
-        for _ in range(recipe.latent_n_critic if latent else 0):
+        learning = state.step // recipe.adversary_every % recipe.discriminator_every == 0
+        for _ in range(recipe.latent_n_critic if latent and learning else 0):
             losses |= latent_discriminator_step(state, recipe)
-        for _ in range(recipe.image_n_critic if image else 0):
+        for _ in range(recipe.image_n_critic if image and learning else 0):
             losses |= image_discriminator_step(state, recipe)
         losses |= autoencoder_step(state, recipe, latent=latent, image=image)
         average_weights(state, recipe)
@@ -217,7 +221,7 @@ def _discriminator_step(
 
     defects: bool, which of the logits of `real` are to count as fakes.
     """
-    discriminator.train().requires_grad_(True)
+    discriminator.train(recipe.train_flag).requires_grad_(True)
     with state.autocast:
         logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
     if defects is not None:
@@ -253,14 +257,14 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
     )
     losses = {"reconstruction": loss.detach()}
     if latent:
-        state.latent_discriminator.requires_grad_(False)
+        state.latent_discriminator.train(recipe.train_flag).requires_grad_(False)
         with state.autocast:
             realism = state.latent_discriminator(codes)
         adversarial = generator_loss(recipe.latent_loss, realism.float())
         loss = loss + recipe.latent_weight * adversarial
         losses["latent_adversarial"] = adversarial.detach()
     if image:
-        state.image_discriminator.requires_grad_(False)
+        state.image_discriminator.train(recipe.train_flag).requires_grad_(False)
         with state.autocast:
             realism = state.image_discriminator(_fakes(codes, reconstructions, state))
         adversarial = generator_loss(recipe.image_loss, realism.float())
@@ -279,11 +283,11 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
 def _damaged(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The next images (B, C, W, W), the same with synthetic defects, the defects' masks, and the places of the pixels.
 
-    What is done with them is training: the networks that see them are put into train mode.
+    What is done with them is training: the networks that see them are put into train mode, if the recipe says so.
     """
     images, places = _images(state, recipe)
     damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
-    state.networks.train()
+    state.networks.train(recipe.train_flag)
     return images, damaged, masks, places
 
 
@@ -354,9 +358,13 @@ def scoring_networks(state: TrainingState, recipe: Recipe) -> ScoringNetworks:
 
     Batch norm's running statistics are measured anew: those gathered during training belong to other weights, and the
     decoder's also saw draws from the prior. On images with synthetic defects, as in training: channels that only
-    answer to defects would have no scale on good images alone.
+    answer to defects would have no scale on good images alone. Not without the train flag: the networks were trained
+    with the statistics that they have.
     """
-    averaged = copy.deepcopy(state.averaged).train()
+    averaged = copy.deepcopy(state.averaged)
+    if not recipe.train_flag:
+        return averaged.eval()
+    averaged.train()
     norms = [module for module in averaged.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()

@@ -1,25 +1,21 @@
-"""Detection and reconstruction, measured: arrays in, floats out. Higher scores are more anomalous; True is anomalous.
+"""Detection, measured: arrays in, floats out. Higher scores are more anomalous; True is anomalous.
 
 Pixel figures are exact and need no grid of thresholds. Let a be the share of good pixels above a defect pixel's value
 and b the share at or above it. Its pixel is found at every false positive rate of at least b, and, by the straight
 line between two points of a curve, at a rate x between a and b to the degree (x - a) / (b - a). The area below any of
 the curves is therefore a mean over defect pixels of a function of a and b alone.
 
-Torch is imported by ssim alone: with what torchmetrics brings along it takes more memory than all maps of a test set.
+No torch here: with what torchmetrics brings along it takes more memory than all maps of a test set.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, stats
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -28,6 +24,7 @@ MapArray = NDArray[np.float32]
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 PIXELS_AT_ONCE = 2**23
+CURVE_POINTS = 101
 
 
 def image_auroc(labels: BoolArray, scores: FloatArray) -> float:
@@ -56,6 +53,17 @@ def f1_max(labels: BoolArray, scores: FloatArray) -> float:
     _check_labels(labels)
     precision, recall, _ = precision_recall_curve(labels, scores)
     return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
+
+
+def roc_points(labels: BoolArray, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """False and true positive rates from (0, 0) to (1, 1): corners of the ROC curve of (N,) images, at most 101.
+
+    Raises ValueError unless some are good and some anomalous.
+    """
+    _check_labels(labels)
+    false_positives, true_positives, _ = roc_curve(labels, scores)
+    chosen = np.unique(np.linspace(0, len(false_positives) - 1, CURVE_POINTS).round().astype(int))
+    return false_positives[chosen], true_positives[chosen]
 
 
 def _check_labels(labels: BoolArray) -> None:
@@ -193,6 +201,17 @@ def aupro(statistics: PixelStatistics, *, fpr_limit: float = 0.3) -> float:
     return float(region_areas(statistics, fpr_limit=fpr_limit).mean())
 
 
+def overlap_points(statistics: PixelStatistics, *, fpr_limit: float = 0.3) -> tuple[FloatArray, FloatArray]:
+    """False positive rates up to the limit and the per-region overlap there: 101 points of the curve of aupro, closer
+    together where it is steep.
+    """
+    rates = fpr_limit * np.linspace(0, 1, CURVE_POINTS) ** 2
+    a, ramp = statistics.above, np.maximum(statistics.at_or_above - statistics.above, 1e-300)
+    sizes = np.diff([*statistics.starts, len(a)])
+    overlaps = [(np.add.reduceat(np.clip((rate - a) / ramp, 0, 1), statistics.starts) / sizes).mean() for rate in rates]
+    return rates, np.array(overlaps)
+
+
 def pixel_auroc(statistics: PixelStatistics) -> float:
     """Area under the ROC curve over pixels: the area of aupro up to 1, with every defect pixel weighted alike."""
     return float(_areas(statistics, 1.0).mean())
@@ -214,42 +233,6 @@ def pixel_ap(statistics: PixelStatistics) -> float:
     true_positives = np.cumsum(counts)
     precision = true_positives / (true_positives + statistics.at_or_above[first] * statistics.good_pixels)
     return float(np.sum(precision * counts) / true_positives[-1])
-
-
-def psnr(reconstructions: "Tensor", images: "Tensor") -> float:
-    """Peak signal-to-noise ratio in dB, mean over images (B, C, S, S) in [-1, 1]. At most 126 dB, for equal images."""
-    squared_error = (reconstructions - images).square().flatten(1).mean(dim=1).clamp(min=1e-12)  # (B,)
-    return float((10 * (4 / squared_error).log10()).mean())
-
-
-def ssim(reconstructions: "Tensor", images: "Tensor") -> float:
-    """Structural similarity (Wang et al., 2004), mean over images (B, C, S, S) in [-1, 1]."""
-    import torch
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    similarities = []
-    for begin in range(0, len(images), 8):  # eight at a time: it takes some ten times the memory of its input
-        similarity = structural_similarity_index_measure(
-            reconstructions[begin : begin + 8], images[begin : begin + 8], data_range=2.0, reduction="none"
-        )
-        assert isinstance(similarity, torch.Tensor)  # a tuple only when the full image is asked for
-        similarities.append(similarity)
-    return float(torch.cat(similarities).mean())
-
-
-def sharpness_ratio(reconstructions: "Tensor", images: "Tensor") -> float:
-    """Energy of the Laplacian of the gray images, reconstruction over image, mean over images (B, C, S, S).
-
-    1 is as sharp as the image, below 1 is blurred. A flat image has no energy: it counts as 1 if its reconstruction
-    is flat too.
-    """
-    return float(((_laplacian_energy(reconstructions) + 1e-8) / (_laplacian_energy(images) + 1e-8)).mean())
-
-
-def _laplacian_energy(images: "Tensor") -> "Tensor":
-    gray = images.mean(dim=1)  # (B, S, S)
-    neighbours = gray[:, :-2, 1:-1] + gray[:, 2:, 1:-1] + gray[:, 1:-1, :-2] + gray[:, 1:-1, 2:]
-    return (neighbours - 4 * gray[:, 1:-1, 1:-1]).square().flatten(1).mean(dim=1)  # (B,)
 
 
 def false_alarm_interval(

@@ -1,11 +1,10 @@
-"""A training run is a folder: what was asked (run.json), how it goes (log.jsonl, tensorboard/), where it stands
-(state.pt) and, at the end, the checkpoint. Killed at any moment, it goes on from its last state.
+"""A training run is a folder: what was asked (run.json), how it goes (training/record.py), where it stands (state.pt)
+and, at the end, the checkpoint. Killed at any moment, it goes on from its last state.
 """
 
 import io
 import json
 import pickle
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.checkpoint import Checkpoint, save_checkpoint
@@ -30,10 +28,10 @@ from training.corruption import corrupt
 from training.data import Dataset, load_images, read_dataset
 from training.loop import TrainingState, scoring_networks, train
 from training.progress import progress_bar
+from training.record import Record
 from training.split import Split, split_good_images
 
 CHECKPOINT = "checkpoint"
-LOG_EVERY = 10  # steps between two lines of log.jsonl
 SCORING_BATCH = 32
 WEIGHT_IMAGES = 256  # training images that the weights of the scores are measured on
 
@@ -82,10 +80,12 @@ def train_folder(
         replace_file(out / "run.json", json.dumps(asdict(run), indent=1).encode())
         if (out / "state.pt").exists():
             _load_state(out / "state.pt", state)
-        _train_and_log(state, recipe, out, console)
+        with Record(out, state, recipe, console) as record:
+            _train(state, recipe, out, record, console)
+            networks = scoring_networks(state, recipe)
+            record.interpolations(networks)
     except OSError as error:
         raise TrainingError(f"cannot write the run {out}: {error}; --resume goes on from its last state.") from error
-    networks = scoring_networks(state, recipe)
     fit_distances(networks, training)
     fusion, calibration_of_scores = calibrate(networks, training, calibration, split.parts, recipe)
     origin = {**asdict(run), "training_images": len(training)}
@@ -209,54 +209,19 @@ def _continued(before: Run, run: Run, out: Path) -> Run:
     return before
 
 
-def _train_and_log(state: TrainingState, recipe: Recipe, out: Path, console: Console) -> None:
-    log_path = out / "log.jsonl"
-    _forget_steps_after(log_path, state.step)
-    writer = SummaryWriter(out / "tensorboard", purge_step=state.step + 1)
-    last = (state.step, time.perf_counter())
-    latest: dict[str, float] = {}  # the adversaries' losses are not those of every step
-    with progress_bar(console) as bar, log_path.open("a") as log, writer:
+def _train(state: TrainingState, recipe: Recipe, out: Path, record: Record, console: Console) -> None:
+    with progress_bar(console) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=state.step, detail="")
 
         def after_step(losses: dict[str, float]) -> None:
-            nonlocal last
-            step = state.step
-            latest.update(losses)
-            if step % LOG_EVERY == 0 or step == recipe.steps:
-                now = time.perf_counter()
-                rate = (step - last[0]) * state.batches.batch_size / (now - last[1])
-                last = (step, now)
-                log.write(json.dumps({"step": step, "images_per_second": round(rate, 1), **latest}) + "\n")
-                log.flush()
-                for name, value in latest.items():
-                    writer.add_scalar(name, value, step)
-                bar.update(task, detail=_shown(rate, latest))
-            if step % recipe.save_every == 0 or step == recipe.steps:
+            shown = record.after_step(losses)
+            if shown is not None:
+                bar.update(task, detail=shown)
+            if state.step % recipe.save_every == 0 or state.step == recipe.steps:
                 _write_state(out / "state.pt", state)
-            bar.update(task, completed=step)
+            bar.update(task, completed=state.step)
 
         train(state, recipe, after_step)
-
-
-def _shown(rate: float, losses: dict[str, float]) -> str:
-    # A narrow terminal cuts the end off.
-    first = sorted(losses, key=lambda name: name != "reconstruction")
-    return f"{rate:.0f} images/s  " + "  ".join(f"{name} {losses[name]:.3g}" for name in first)
-
-
-def _forget_steps_after(log: Path, step: int) -> None:
-    """Drop what was logged after the state was saved: it will be logged again. The last line may be torn."""
-    if not log.exists():
-        return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    replace_file(log, "".join(kept).encode())
 
 
 def _write_state(path: Path, state: TrainingState) -> None:
