@@ -19,7 +19,7 @@ from models.checkpoint import Checkpoint
 from models.errors import CalibrationError, DataError
 from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
-from models.scoring import Scorer
+from models.scoring import Scorer, windows
 from tests.conftest import png
 from training import fidelity
 from training.data import read_dataset
@@ -256,10 +256,14 @@ def test_samples_of_a_model_that_scores_in_tiles_are_compared_with_tiles(checkpo
         networks = ScoringNetworks(config, Standardisation()).eval()
     fusion = MapFusion(torch.zeros(2, 16, 16), torch.ones(2, 16, 16), torch.zeros(4), torch.ones(4))
     scorer = replace(checkpoint, networks=networks, fusion=fusion).scorer(torch.device("cpu"))
-    generation = generation_quality(scorer, measure(scorer, read_dataset(data), QUIET))
+    measured = measure(scorer, read_dataset(data), QUIET)
+    generation = generation_quality(scorer, measured)
     assert generation is not None
     assert generation["samples"] == 6
-    assert generation["variety_ratio"] > 0
+    cuts = windows(64, 32)
+    tiles = torch.stack([image[..., *cuts[index % len(cuts)]] for index, image in enumerate(measured.good_images)])
+    assert tiles.shape == (6, 3, 32, 32)
+    assert generation["frechet_floor"] == fidelity.frechet_floor(fidelity.random_features(tiles))
 
 
 def test_one_good_image_has_no_distance_and_fewer_than_four_no_floor(scorer, data):
