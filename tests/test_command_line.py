@@ -56,7 +56,8 @@ def test_a_wrong_value_and_a_wrong_recipe_are_refused_with_what_is_allowed(data)
     assert "image_loss is 'gan': allowed are bce, wgan-gp." in call("train", data, "--set=image_loss=gan").stderr
     wrong = call("train", data, "--recipe=tinny")
     assert wrong.exit_code == 1
-    assert wrong.stderr == "hazelnut: recipe 'tinny' does not exist: there are default, tiny.\n"
+    diary = "diary-2021-03-31, diary-2021-04-06, diary-2021-04-09, diary-next"
+    assert wrong.stderr == f"hazelnut: recipe 'tinny' does not exist: there are default, {diary}, tiny.\n"
 
 
 def test_resume_keeps_the_runs_recipe(data, tmp_path):
