@@ -37,6 +37,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<name of DATA>")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    backbone_weights: Annotated[
+        Path | None, typer.Option(help="File of the backbone's weights.", show_default="torchvision's, from a network")
+    ] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -64,6 +67,7 @@ def train(
             device=choose_device(device),
             command=_command(),
             console=_progress_console(),
+            backbone_weights=backbone_weights,
         )
     typer.echo(f"checkpoint: {checkpoint}")
 

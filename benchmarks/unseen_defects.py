@@ -5,7 +5,7 @@
 DATA is a folder in MVTec layout, RUN the run that was trained on it. The segmentation head finds what it was trained
 on too easily for such defects to say what its logits are worth, and test images must choose nothing. Here seven other
 kinds are drawn on the held-out good images, and each image is compared with what other parts are like, as in
-training. AS_THEY_ARE and BY_PLACE of models/maps.py were chosen by this. Prints a table in Markdown, writes
+training. OF_PIXELS and OF_FEATURES of models/maps.py were chosen by this. Prints a table in Markdown, writes
 docs/benchmarks/unseen-defects.json.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.results import write_results
 from models.checkpoint import load_checkpoint
-from models.maps import AS_THEY_ARE, BY_PLACE
+from models.maps import OF_FEATURES, OF_PIXELS
 from models.scoring import outputs
 from training import metrics
 from training.data import load_images, read_dataset
@@ -33,7 +33,7 @@ RESULTS = Path("docs/benchmarks/unseen-defects.json")
 PIXEL_STRIDE = 4  # maps are smooth: every fourth pixel of every fourth row is enough
 
 # What the residual, the logits and the three distances count for: as they are, by place.
-FUSIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "residual as it is": ((1, 0, 0, 0, 0), (0, 0, 0, 0, 0)),
     "residual by place": ((0, 0, 0, 0, 0), (1, 0, 0, 0, 0)),
     "logits as they are": ((0, 1, 0, 0, 0), (0, 0, 0, 0, 0)),
@@ -51,8 +51,27 @@ FUSIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "distances by place only": ((0, 0, 0, 0, 0), (0, 0, 1, 1, 1)),
     "distances by place, residual 1": ((1, 1, 0, 0, 0), (1, 1, 0.5, 0.5, 0.5)),
     "distances by place, residual 1/2": ((0.5, 1, 0, 0, 0), (0.5, 1, 0.5, 0.5, 0.5)),
-    "distances by place, residual 1/4 (chosen)": (AS_THEY_ARE, BY_PLACE),
+    "distances by place, residual 1/4 (chosen)": OF_PIXELS,
     "distances by place, residual 0": ((0, 1, 0, 0, 0), (0, 1, 0.5, 0.5, 0.5)),
+}
+# Over features there is one distance.
+FEATURES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "residual as it is": ((1, 0, 0), (0, 0, 0)),
+    "residual by place": ((0, 0, 0), (1, 0, 0)),
+    "logits as they are": ((0, 1, 0), (0, 0, 0)),
+    "logits by place": ((0, 0, 0), (0, 1, 0)),
+    "distance as it is": ((0, 0, 1), (0, 0, 0)),
+    "distance by place": ((0, 0, 0), (0, 0, 1)),
+    "everything alike": ((1, 1, 1), (1, 1, 1)),
+    "residual and logits as they are": ((1, 1, 0), (0, 0, 0)),
+    "residual 2, logits 1 as they are": ((2, 1, 0), (0, 0, 0)),
+    "residual 1, logits 2 as they are": ((1, 2, 0), (0, 0, 0)),
+    "residual and logits by place": ((0, 0, 0), (1, 1, 0)),
+    "residual and logits in both views": ((1, 1, 0), (1, 1, 0)),
+    "the same, by place 1/2": ((1, 1, 0), (0.5, 0.5, 0)),
+    "the same, and the distance by place 1/2": ((1, 1, 0), (0.5, 0.5, 0.5)),
+    "the same, and the distance by place 1": ((1, 1, 0), (0.5, 0.5, 1)),
+    "chosen": OF_FEATURES,
 }
 
 
@@ -166,15 +185,16 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     held_out = load_images(split.calibration, channels=recipe.channels, size=recipe.image_size)
     _, fusions = good_maps(networks, held_out).fusions(split.parts)
     random = torch.Generator().manual_seed(recipe.seed)
-    peaks: dict[str, list[Tensor]] = {name: [] for name in FUSIONS}  # (1 + kinds,) of each image
-    pixels: dict[str, list[Tensor]] = {name: [] for name in FUSIONS}
+    compared = PIXELS if networks.features is None else FEATURES
+    peaks: dict[str, list[Tensor]] = {name: [] for name in compared}  # (1 + kinds,) of each image
+    pixels: dict[str, list[Tensor]] = {name: [] for name in compared}
     changed = []
     for pixels_of_one, fusion in zip(held_out, fusions, strict=True):
         image = networks.standardisation(pixels_of_one)
         damaged = torch.stack([image, *(draw(image, random) for draw in KINDS.values())])
         levels = networks.standardisation.pixels(damaged)
         views = fusion.views(outputs(networks, levels).maps)
-        for name, weights in FUSIONS.items():
+        for name, weights in compared.items():
             weight = torch.tensor(weights).view(1, -1, 1, 1)
             maps = (views * weight).sum(dim=1) / weight.sum()
             peaks[name].append(maps.flatten(1).amax(dim=1))
@@ -183,7 +203,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
         changed.append((change > 0.1**2)[:, ::PIXEL_STRIDE, ::PIXEL_STRIDE])
     masks = torch.stack(changed).numpy()  # (n, kinds, S / 4, S / 4)
     rows = []
-    for name in FUSIONS:
+    for name in compared:
         peak, heights = torch.stack(peaks[name]).double().numpy(), torch.stack(pixels[name]).double().numpy()
         labels = np.repeat([False, True], len(peak))
         of_kinds = {

@@ -27,7 +27,7 @@ from models.calibration import Calibration
 from models.config import ModelConfig
 from models.errors import CalibrationError, CheckpointError, ConfigError
 from models.files import write_durably
-from models.maps import MapFusion
+from models.maps import MapFusion, fusion_weights
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 
@@ -175,14 +175,15 @@ def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, M
     own = {key.removeprefix("networks."): state.pop(key) for key in list(state) if key.startswith("networks.")}
     networks = ScoringNetworks(config, Standardisation())
     networks.load_state_dict(own)
-    fusion = MapFusion(*(state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high")))
+    mean, deviation, low, high = (state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high"))
+    fusion = MapFusion(mean, deviation, low, high, fusion_weights(config))
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")
     # Of another number some broadcast: the scores would be wrong, and nothing would say so.
     components = 1 + networks.evidence_maps
     shapes = [tuple(value.shape) for value in (fusion.mean, fusion.deviation, fusion.low, fusion.high)]
-    place, ends = (components, *fusion.mean.shape[1:]), (2 * components,)
-    if fusion.mean.ndim != 3 or shapes != [place, place, ends, ends]:
+    place, end = (components, *fusion.mean.shape[1:]), (2 * components,)
+    if fusion.mean.ndim != 3 or shapes != [place, place, end, end]:
         raise ValueError(f"the fusion has shapes {shapes}, which do not fit {components} component maps")
     return networks, fusion
 

@@ -7,8 +7,17 @@ from models.errors import ConfigError
 
 LatentShape = Literal["vector", "grid"]
 NormPosition = Literal["before", "after"]
+Padding = Literal["torchvision", "tensorflow"]
 
 MAX_SIDE = 512  # of what the networks see at once; a larger image goes through in tiles
+CELL = 8  # pixels on each side of what one vector of a backbone's features stands for
+# Backbones of torchvision, and the layers of theirs that are taken unless a recipe names others.
+FEATURE_LAYERS = {
+    "mobilenet_v2": "features.6,features.13",
+    "resnet18": "layer2,layer3",
+    "wide_resnet50_2": "layer2,layer3",
+    "efficientnet_b0": "features.3,features.5",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,22 +28,26 @@ class ModelConfig:
     tile: int = 0  # pixels on each side of the overlapping windows that a large image is scored in; 0: in one piece
     channels: int = 3  # 1 gray, 3 colour
     width: int = 32  # channels after the first convolution; doubles per stage, up to eight times
-    latent: LatentShape = "grid"  # one code per image, or one per 16 x 16 pixels
+    latent: LatentShape = "grid"  # one code per image, or one per 16 x 16 pixels (features: 32 x 32)
     latent_dim: int = 64  # numbers in a code
     batch_norm: NormPosition = "before"  # before or after the activation
     head_width: int = 0  # channels of the segmentation head at its finest; 0: no head
+    features: str = "none"  # what the networks see: the pixels, or the features of this backbone of torchvision
+    feature_layers: str = ""  # names of its layers, with commas between them; empty: those of FEATURE_LAYERS
+    feature_channels: int = 128  # numbers that are kept of each place
+    feature_padding: Padding = "torchvision"  # how the backbone's strided layers pad: where its weights were trained
 
     def __post_init__(self) -> None:
         largest = 16 * MAX_SIDE if self.tile else MAX_SIDE
-        if not 32 <= self.image_size <= largest or self.image_size % 16:
+        if not 32 <= self.image_size <= largest or self.image_size % self.multiple:
             raise ConfigError(
-                f"image_size is {self.image_size}: allowed are multiples of 16 from 32 to {MAX_SIDE}, "
+                f"image_size is {self.image_size}: allowed are multiples of {self.multiple} from 32 to {MAX_SIDE}, "
                 f"with a tile to {16 * MAX_SIDE}."
             )
-        if self.tile and (not 32 <= self.tile <= min(MAX_SIDE, self.image_size) or self.tile % 16):
+        if self.tile and (not 32 <= self.tile <= min(MAX_SIDE, self.image_size) or self.tile % self.multiple):
             raise ConfigError(
-                f"tile is {self.tile}: allowed are 0 (the image in one piece) and multiples of 16 from 32 to "
-                f"{MAX_SIDE} and to image_size, {self.image_size}."
+                f"tile is {self.tile}: allowed are 0 (the image in one piece) and multiples of {self.multiple} from 32 "
+                f"to {MAX_SIDE} and to image_size, {self.image_size}."
             )
         if self.channels not in (1, 3):
             raise ConfigError(f"channels is {self.channels}: allowed are 1 (gray) and 3 (colour).")
@@ -48,6 +61,46 @@ class ModelConfig:
             raise ConfigError(f"batch_norm is {self.batch_norm!r}: allowed are {', '.join(get_args(NormPosition))}.")
         if not 0 <= self.head_width <= 256 or self.head_width % 8:
             raise ConfigError(f"head_width is {self.head_width}: allowed are 0 (no head) and multiples of 8 to 256.")
+        self._check_features()
+
+    def _check_features(self) -> None:
+        if self.features != "none" and not self.feature_layers and self.features not in FEATURE_LAYERS:
+            raise ConfigError(
+                f"features is {self.features!r}: without feature_layers allowed are none, {', '.join(FEATURE_LAYERS)}."
+            )
+        if self.features == "none" and self.feature_layers:
+            raise ConfigError(f"feature_layers is {self.feature_layers!r}: of features none there are no layers.")
+        if self.features != "none" and self.latent == "vector":
+            raise ConfigError("latent is 'vector': over features allowed is grid.")
+        if not 8 <= self.feature_channels <= 1024 or self.feature_channels % 8:
+            raise ConfigError(
+                f"feature_channels is {self.feature_channels}: allowed are multiples of 8 from 8 to 1024."
+            )
+        if self.feature_padding not in get_args(Padding):
+            raise ConfigError(
+                f"feature_padding is {self.feature_padding!r}: allowed are {', '.join(get_args(Padding))}."
+            )
+
+    @property
+    def layers(self) -> list[str]:
+        """Of the backbone; none for pixels."""
+        names = self.feature_layers or FEATURE_LAYERS.get(self.features, "")
+        return [name.strip() for name in names.split(",") if name.strip()]
+
+    @property
+    def multiple(self) -> int:
+        """Of which image_size and tile have to be one: of the largest stride."""
+        return 16 if self.features == "none" else 32
+
+    @property
+    def cell(self) -> int:
+        """Pixels on each side of what the autoencoder sees as one."""
+        return 1 if self.features == "none" else CELL
+
+    @property
+    def seen_channels(self) -> int:
+        """Channels of what the autoencoder sees."""
+        return self.channels if self.features == "none" else self.feature_channels
 
     @property
     def side(self) -> int:
@@ -56,12 +109,12 @@ class ModelConfig:
 
     @property
     def stage_widths(self) -> list[int]:
-        """Channels after each stage of the encoder; a stage halves the image.
+        """Channels after each stage of the encoder; a stage halves the image, or the features of one.
 
-        A grid stops at one cell per 16 x 16 pixels. A vector goes on as DCGAN does, to a side of 4, or to where
-        a side is odd, so that the last, full-size convolution stays small.
+        A grid stops at one code per 16 x 16 pixels, over features per 32 x 32. A vector goes on as DCGAN does, to a
+        side of 4, or to where a side is odd, so that the last, full-size convolution stays small.
         """
-        stages = 4
+        stages = 4 if self.features == "none" else 2
         if self.latent == "vector":
             side = self.side // 16
             while side > 4 and side % 2 == 0:
@@ -72,7 +125,7 @@ class ModelConfig:
     @property
     def bottleneck_side(self) -> int:
         """Side of the encoder's last feature map, in cells."""
-        return int(self.side // 2 ** len(self.stage_widths))
+        return int(self.side // self.cell // 2 ** len(self.stage_widths))
 
     @property
     def latent_side(self) -> int:

@@ -6,11 +6,14 @@ that is never rebuilt or a screw that shines, is no anomaly there.
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.config import ModelConfig
 
 GRADIENT_SCALES = 3
 # Zavrtanik et al., RIAD (Pattern Recognition 2021): keeps the ratio steady where both images are flat.
@@ -19,11 +22,23 @@ GRADIENT_CONSTANT = 0.0026
 CELLS = 64
 # EfficientAD (Batzner et al., arXiv 2303.14535, section 3.4): these quantiles of good pixels become 0 and 1.
 LOW, HIGH = 0.9, 0.995
-# What the residual, the head's logits and the distances of its features on up to three levels count for, as they are
-# and compared by place. Chosen by defects of kinds that training never draws, on held-out good images:
-# benchmarks/unseen_defects.py.
-AS_THEY_ARE = (0.25, 1.0, 0.0, 0.0, 0.0)
-BY_PLACE = (0.25, 1.0, 0.5, 0.5, 0.5)
+
+
+class Weights(NamedTuple):
+    """What the residual, the head's logits and the distances of its features on up to three levels count for, as they
+    are and compared by place."""
+
+    as_they_are: tuple[float, ...]
+    by_place: tuple[float, ...]
+
+
+# Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py.
+OF_PIXELS = Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5))
+OF_FEATURES = Weights((1.0, 1.0, 0.0), (0.5, 0.5, 0.0))
+
+
+def fusion_weights(config: ModelConfig) -> Weights:
+    return OF_PIXELS if config.features == "none" else OF_FEATURES
 
 
 def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
@@ -71,12 +86,12 @@ def residual_map(images: Tensor, reconstructions: Tensor) -> Tensor:
     return difference
 
 
-def component_maps(images: Tensor, reconstructions: Tensor, evidence: Tensor, *, sigma: float) -> Tensor:
-    """The residual and, if there is a head, the maps of its evidence (B, K - 1, S, S): (B, K, S, S).
+def component_maps(residual: Tensor, evidence: Tensor, *, sigma: float) -> Tensor:
+    """The residual (B, 1, S, S) and, if there is a head, the maps of its evidence (B, K - 1, S, S): (B, K, S, S).
 
     Smoothed by a Gaussian of `sigma` pixels, because a defect is larger than a pixel and a mislaid edge is not.
     """
-    return smooth(torch.cat([residual_map(images, reconstructions), evidence], dim=1), sigma=sigma)
+    return smooth(torch.cat([residual, evidence], dim=1), sigma=sigma)
 
 
 def smooth(maps: Tensor, *, sigma: float) -> Tensor:
@@ -99,7 +114,9 @@ class MapFusion(nn.Module):
     weighted mean: a smooth way to keep it from being negative that changes no order.
     """
 
-    def __init__(self, mean: Tensor, deviation: Tensor, low: Tensor, high: Tensor) -> None:
+    def __init__(
+        self, mean: Tensor, deviation: Tensor, low: Tensor, high: Tensor, weights: Weights = OF_PIXELS
+    ) -> None:
         """mean, deviation: of good maps, by place, (K, G, G). low, high: (2 K,)."""
         super().__init__()
         self.mean: Tensor
@@ -109,8 +126,8 @@ class MapFusion(nn.Module):
         for name, value in (("mean", mean), ("deviation", deviation), ("low", low), ("high", high)):
             self.register_buffer(name, value.float())
         self.weights: Tensor
-        weights = torch.tensor(AS_THEY_ARE[: len(mean)] + BY_PLACE[: len(mean)], device=mean.device)
-        self.register_buffer("weights", weights.view(1, -1, 1, 1), persistent=False)  # not of this product alone
+        both = torch.tensor([*weights.as_they_are[: len(mean)], *weights.by_place[: len(mean)]], device=mean.device)
+        self.register_buffer("weights", both.view(1, -1, 1, 1), persistent=False)  # not of this product alone
 
     def forward(self, maps: Tensor) -> Tensor:
         return F.softplus((self.views(maps) * self.weights).sum(dim=1) / self.weights.sum())
@@ -130,7 +147,8 @@ class MapFusion(nn.Module):
 class GoodMaps:
     """What the fusion is made from: of n held-out good images, the moments of each cell of each component map."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights = OF_PIXELS) -> None:
+        self._weights = weights
         self._moments: list[Tensor] = []  # (B, 3, K, G, G): mean, mean square, the pixel in the middle
 
     def add(self, maps: Tensor) -> None:
@@ -164,8 +182,8 @@ class GoodMaps:
         low, high = (torch.from_numpy(np.quantile(values, share, axis=1)) for share in (LOW, HIGH))
         # Maps of images that are all alike have no range. Relative too, so that float32 tells the ends apart.
         high = torch.maximum(high, low + 1e-6 * (1 + low.abs()))
-        whole = MapFusion(*_place(*(total / count)), low, high)
-        return whole, [MapFusion(mean, deviation, low, high) for mean, deviation in places]
+        whole = MapFusion(*_place(*(total / count)), low, high, self._weights)
+        return whole, [MapFusion(mean, deviation, low, high, self._weights) for mean, deviation in places]
 
 
 def _place(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,9 @@ cell.
 
 What scores replicates the borders instead of padding with zeros: zeros outside are an edge around every image and every
 tile, and the map would be high there on good parts.
+
+What is said of images holds of a backbone's features in their place (models/features.py): (B, F, H/8, W/8), with half
+as many stages.
 """
 
 from itertools import pairwise
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig, NormPosition
 from models.density import FeatureDistance
+from models.features import Features
+from models.maps import residual_map
 
 
 class _ReplicatedBorders(torch.autograd.Function):
@@ -66,7 +71,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        channels = config.channels
+        channels = config.seen_channels
         for width in config.stage_widths:
             layers.append(Convolution(channels, width, kernel_size=4, stride=2))
             layers += _normalised(width, nn.LeakyReLU(0.2, inplace=True), config.batch_norm)
@@ -96,7 +101,7 @@ class Decoder(nn.Module):
             layers += _normalised(next_width, nn.ReLU(inplace=True), config.batch_norm)
         # The last doubling by pixel shuffle (Shi et al., arXiv 1609.05158): a feature map at full size would take half
         # of the decoder's time.
-        layers.append(Convolution(widths[-1], 4 * config.channels, kernel_size=3))
+        layers.append(Convolution(widths[-1], 4 * config.seen_channels, kernel_size=3))
         layers.append(nn.PixelShuffle(2))
         self.layers = nn.Sequential(*layers)
 
@@ -130,7 +135,8 @@ class LatentDiscriminator(nn.Module):
 
 
 class ImageDiscriminator(nn.Module):
-    """images (B, C, H, W) -> one unbounded logit per patch (B, 1, H/16, W/16): high for a photographed part.
+    """images (B, C, H, W) -> one unbounded logit per patch (B, 1, H/16, W/16): high for a photographed part. Of
+    features a patch is 4 x 4.
 
     Patches as in PatchGAN (Isola et al., arXiv 1611.07004). Group norm works sample by sample, so that it is safe
     under a gradient penalty; batch_norm, in its place, is not.
@@ -139,8 +145,8 @@ class ImageDiscriminator(nn.Module):
     def __init__(self, config: ModelConfig, *, batch_norm: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        channels = config.channels
-        for stage in range(4):
+        channels = config.seen_channels
+        for stage in range(4 if config.cell == 1 else 2):
             width = config.width * 2**stage
             layers.append(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1))
             activation = nn.LeakyReLU(0.2)
@@ -161,7 +167,7 @@ class ImageDiscriminator(nn.Module):
 
 class SegmentationHead(nn.Module):
     """(images, reconstructions), each (B, C, H, W), and places (B, 2, H, W) -> one logit per pixel (B, 1, H, W): high
-    on a defect; and the features that they are made from, one (B, C, H / stride, W / stride) for each of STRIDES.
+    on a defect; and the features that they are made from, one (B, C, H / stride, W / stride) for each of `strides`.
 
     DRAEM's discriminative network (Zavrtanik et al., arXiv 2108.07610), a U-Net (Ronneberger et al., arXiv
     1505.04597), made small: it starts and ends at half the resolution, and adds its skip connections where the
@@ -169,50 +175,68 @@ class SegmentationHead(nn.Module):
     side of a part may be a defect on the other.
     """
 
-    STRIDES = (4, 8, 16)
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.cell = config.cell
+        # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter. A backbone's
+        # features are few already.
+        self.fold = 2 if config.cell == 1 else 1
         widths = [config.head_width, *self.feature_widths(config)]
-        # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter.
-        inputs = (2 * config.channels + 2) * 4
+        inputs = (2 * config.seen_channels + 2) * self.fold**2
         norm = config.batch_norm
-        self.first = nn.Sequential(*_convolution(inputs, widths[0], norm), *_convolution(widths[0], widths[0], norm))
+        # Each place of a backbone's features has seen its neighbours already, and they are many.
+        kernel = 3 if config.cell == 1 else 1
+        self.first = nn.Sequential(
+            *_convolution(inputs, widths[0], norm, kernel=kernel), *_convolution(widths[0], widths[0], norm)
+        )
         self.down = nn.ModuleList(
             nn.Sequential(nn.MaxPool2d(2), *_convolution(fine, coarse, norm), *_convolution(coarse, coarse, norm))
             for fine, coarse in pairwise(widths)
         )
         self.across = nn.ModuleList(nn.Conv2d(coarse, fine, kernel_size=1) for fine, coarse in pairwise(widths))
         self.up = nn.ModuleList(nn.Sequential(*_convolution(fine, fine, norm)) for fine in widths[:-1])
-        self.last = nn.Conv2d(widths[0], 4, kernel_size=1)
+        self.last = nn.Conv2d(widths[0], self.fold**2, kernel_size=1)
         # Defects are rare: to begin with, one pixel in twenty.
         assert self.last.bias is not None
         nn.init.constant_(self.last.bias, -3.0)
 
+    @staticmethod
+    def strides(config: ModelConfig) -> tuple[int, ...]:
+        """Pixels of the image from one place of the features to the next, level by level."""
+        return (4, 8, 16) if config.cell == 1 else (2 * config.cell, 4 * config.cell)
+
     @classmethod
     def feature_widths(cls, config: ModelConfig) -> list[int]:
         """Channels of the features."""
-        return [config.head_width * min(stride // 2, 4) for stride in cls.STRIDES]
+        return [config.head_width * min(2**level, 4) for level in range(1, 1 + len(cls.strides(config)))]
 
     def forward(self, images: Tensor, reconstructions: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor]]:
         inputs = torch.cat([images, reconstructions, places.expand(len(images), -1, -1, -1)], dim=1)
-        features = self.first(F.pixel_unshuffle(inputs, 2))  # (B, w, H/2, W/2)
+        features = self.first(F.pixel_unshuffle(inputs, self.fold))  # (B, w, H/2, W/2)
         pyramid = [features]
         for down in self.down:
             pyramid.append(down(pyramid[-1]))
         features = pyramid[-1]
         for finer, across, up in reversed(list(zip(pyramid, self.across, self.up, strict=False))):
             features = up(F.interpolate(across(features), scale_factor=2) + finer)
-        logits: Tensor = F.pixel_shuffle(self.last(features), 2)
-        return logits, pyramid[1:]
+        logits = F.pixel_shuffle(self.last(features), self.fold)
+        return enlarged(logits, self.cell), pyramid[1:]
 
 
-def _convolution(inputs: int, outputs: int, position: NormPosition) -> list[nn.Module]:
-    return [
-        # A batch norm right after it would take a bias away again.
-        Convolution(inputs, outputs, kernel_size=3, bias=position == "after"),
-        *_normalised(outputs, nn.LeakyReLU(0.1, inplace=True), position),
-    ]
+def enlarged(maps: Tensor, factor: int) -> Tensor:
+    """Maps (B, K, H, W) -> (B, K, factor H, factor W), each value at the centre of the square that it stands for."""
+    if factor == 1:
+        return maps
+    return F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def _convolution(inputs: int, outputs: int, position: NormPosition, *, kernel: int = 3) -> list[nn.Module]:
+    # A batch norm right after it would take a bias away again.
+    bias = position == "after"
+    convolution = (
+        nn.Conv2d(inputs, outputs, 1, bias=bias) if kernel == 1 else Convolution(inputs, outputs, 3, bias=bias)
+    )
+    return [convolution, *_normalised(outputs, nn.LeakyReLU(0.1, inplace=True), position)]
 
 
 class Standardisation(nn.Module):
@@ -255,33 +279,55 @@ class ScoringNetworks(nn.Module):
         super().__init__()
         self.config = config
         self.standardisation = standardisation
+        self.features = Features(config) if config.features != "none" else None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = SegmentationHead(config) if config.head_width else None
         # With cells up to a sixteenth of what the networks see: larger ones say too little of where a defect is.
         self.distances = nn.ModuleList(
             FeatureDistance(width, config.image_size // stride)
-            for stride, width in zip(SegmentationHead.STRIDES, SegmentationHead.feature_widths(config), strict=True)
+            for stride, width in self._levels()
             if self.head and stride <= config.side // 16
         )
         # Convolutions on CPUs and on tensor cores want the channels of a pixel side by side: a quarter less time.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-        """Codes (B, D, G, G), reconstructions (B, C, H, W), the head's logits (B, 1, H, W) and its features, of
-        standardised images.
+    def _levels(self) -> list[tuple[int, int]]:
+        """Stride and channels of the head's features."""
+        widths = SegmentationHead.feature_widths(self.config)
+        return list(zip(SegmentationHead.strides(self.config), widths, strict=True))
+
+    def see(self, images: Tensor) -> Tensor:
+        """What encoder and head are shown of standardised images (B, C, H, W): the images, or a backbone's features of
+        them, (B, F, H/8, W/8)."""
+        if self.features is None:
+            return images
+        features: Tensor = self.features(self.standardisation.intensities(images).clamp(0, 1))
+        return features
+
+    def forward(self, seen: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """Codes (B, D, G, G), reconstructions like `seen`, the head's logits (B, 1, H, W) and its features, of what
+        `see` makes of standardised images.
 
         places: (B or 1, 2, H, W), of `places_of`, where the pixels lie in the whole image.
 
         The head does not teach the autoencoder: it sees reconstructions, not how they were made.
         """
-        images = images.contiguous(memory_format=torch.channels_last)
-        codes = self.encoder(images)
+        seen = seen.contiguous(memory_format=torch.channels_last)
+        codes = self.encoder(seen)
         reconstructions = self.decoder(codes)
         if self.head is None:
             return codes, reconstructions, None, []
-        logits, features = self.head(images, reconstructions.detach(), places)
+        if self.config.cell > 1:
+            places = F.avg_pool2d(places, self.config.cell)
+        logits, features = self.head(seen, reconstructions.detach(), places)
         return codes, reconstructions, logits, features
+
+    def residual(self, seen: Tensor, reconstructions: Tensor) -> Tensor:
+        """How badly each pixel is rebuilt, (B, 1, H, W): the residual map, or its features' mean squared error."""
+        if self.features is None:
+            return residual_map(seen, reconstructions)
+        return enlarged((seen - reconstructions).square().mean(dim=1, keepdim=True), self.config.cell)
 
     @property
     def evidence_maps(self) -> int:
@@ -297,9 +343,8 @@ class ScoringNetworks(nn.Module):
         if logits is None:
             return []
         maps = [logits]
-        for stride, level, distance in zip(SegmentationHead.STRIDES, features, self.distances, strict=False):
-            far = distance(level, *cells_of(window, stride))
-            maps.append(F.interpolate(far, scale_factor=stride, mode="bilinear", align_corners=False))
+        for (stride, _), level, distance in zip(self._levels(), features, self.distances, strict=False):
+            maps.append(enlarged(distance(level, *cells_of(window, stride)), stride))
         return maps
 
 

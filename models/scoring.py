@@ -17,7 +17,7 @@ from torch import Tensor
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.errors import ConfigError
 from models.maps import MapFusion, component_maps
-from models.networks import ScoringNetworks, places_of
+from models.networks import ScoringNetworks, cells_of, places_of
 
 MapArray = NDArray[np.float32]
 
@@ -45,10 +45,12 @@ def choose_device(name: str) -> torch.device:
 class Outputs:
     """What the networks say of B images."""
 
-    reconstruction: Tensor  # (B,) mean squared error per pixel and channel, of intensities in [0, 1]
+    # (B,) mean squared error per pixel and channel, of intensities in [0, 1]; of features, whose mean square is 1
+    reconstruction: Tensor
     latent: Tensor  # (B,) nats per latent dimension
     maps: Tensor  # (B, K, S, S) component maps
-    reconstructions: Tensor  # (B, C, S, S) intensities, in [0, 1] or a little outside
+    # Intensities (B, C, S, S), in [0, 1] or a little outside; or features (B, F, S/8, S/8)
+    reconstructions: Tensor
 
 
 @torch.inference_mode()
@@ -63,15 +65,15 @@ def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
     # TensorFloat-32 would make a score depend on which kernel the batch size selects.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         images = networks.standardisation(pixels.to(next(networks.parameters()).device))
-        codes, reconstructions, evidence = in_tiles(networks, images, tile=side)
-        maps = component_maps(images, reconstructions, evidence, sigma=side / 64)
-    as_intensities = networks.standardisation.intensities
-    error = as_intensities(images) - as_intensities(reconstructions)
+        codes, seen, reconstructions, evidence = in_tiles(networks, images, tile=side)
+        maps = component_maps(networks.residual(seen, reconstructions), evidence, sigma=side / 64)
+    if networks.features is None:
+        seen, reconstructions = map(networks.standardisation.intensities, (seen, reconstructions))
     return Outputs(
-        reconstruction=error.square().flatten(1).mean(dim=1),
+        reconstruction=(seen - reconstructions).square().flatten(1).mean(dim=1),
         latent=latent_score(codes),
         maps=maps,
-        reconstructions=as_intensities(reconstructions),
+        reconstructions=reconstructions,
     )
 
 
@@ -86,28 +88,43 @@ def _step(tile: int) -> int:
     return 3 * tile // 4 // 16 * 16
 
 
-def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, reconstructions (B, C, S, S) and evidence (B, E, S, S) of images (B, C, S, S), stitched from windows.
+def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, what was seen, its reconstructions and the evidence (B, E, S, S) of images (B, C, S, S), stitched from
+    windows. Codes of all windows are one below the other, (B, D, T G, G)."""
+    size, cell = images.shape[-1], networks.config.cell
+    places = places_of(size, images.device).unsqueeze(0)
+    cuts = windows(size, tile)
+    codes, shown, evidence = [], [], []
+    for window in cuts:
+        seen = networks.see(images[..., *window])
+        code, reconstructions, logits, features = networks(seen, places[..., *window])
+        codes.append(code)
+        shown.append(torch.cat([seen, reconstructions], dim=1))
+        evidence.append(torch.cat([images[:, :0, *window], *networks.evidence(logits, features, window)], dim=1))
+    seen, reconstructions = stitched(shown, cuts, size, cell).chunk(2, dim=1)
+    return torch.cat(codes, dim=2), seen, reconstructions, stitched(evidence, cuts, size, 1)
+
+
+def stitched(pieces: list[Tensor], cuts: list[tuple[slice, slice]], size: int, cell: int) -> Tensor:
+    """Maps of windows, (B, K, tile / cell, tile / cell) each -> those of the whole image, (B, K, S / cell, S / cell).
 
     Where windows overlap each counts the less the nearer its border is, where it knows least of the surroundings: no
-    seam shows. Codes of all windows are one below the other, (B, D, T G, G).
+    seam shows.
     """
-    size = images.shape[-1]
-    places = places_of(size, images.device).unsqueeze(0)
-    distance = torch.arange(tile, device=images.device) + 0.5
-    ramp = (torch.minimum(distance, tile - distance) / (tile - _step(tile))).clamp(max=1)
-    weight = ramp.view(1, 1, tile, 1) * ramp.view(1, 1, 1, tile)
-    codes = []
-    stitched = torch.zeros(len(images), images.shape[1] + networks.evidence_maps, size, size, device=images.device)
-    total = torch.zeros(1, 1, size, size, device=images.device)
-    for window in windows(size, tile):
-        code, reconstructions, logits, features = networks(images[..., *window], places[..., *window])
-        codes.append(code)
-        shown = torch.cat([reconstructions, *networks.evidence(logits, features, window)], dim=1)
-        stitched[..., *window] += weight * shown
-        total[..., *window] += weight
-    stitched = stitched / total
-    return torch.cat(codes, dim=2), stitched[:, : images.shape[1]], stitched[:, images.shape[1] :]
+    if len(pieces) == 1:
+        return pieces[0]
+    first = pieces[0]
+    side = first.shape[-1]
+    distance = torch.arange(side, device=first.device) + 0.5
+    ramp = (torch.minimum(distance, side - distance) / (side - _step(side * cell) // cell)).clamp(max=1)
+    weight = ramp * ramp.unsqueeze(1)  # (side, side)
+    whole = torch.zeros(*first.shape[:2], size // cell, size // cell, device=first.device)
+    total = torch.zeros(size // cell, size // cell, device=first.device)
+    for piece, window in zip(pieces, cuts, strict=True):
+        place = cells_of(window, cell)
+        whole[..., *place] += weight * piece
+        total[place] += weight
+    return whole / total
 
 
 def columns(found: Outputs, maps: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class ScoreQuery(BaseModel):
 class NamedScores(BaseModel):
     """Higher is more anomalous, always."""
 
-    reconstruction: float = Field(description="Mean squared error per pixel and channel, of intensities in [0, 1].")
+    reconstruction: float = Field(description="Mean squared error: of intensities in [0, 1], or of features.")
     latent: float = Field(description="Negative log-likelihood of the code under N(0, I), nats per latent dimension.")
     anomaly_map: float = Field(description="The anomaly map's highest value, in its unit.")
 

@@ -57,7 +57,7 @@ def test_a_wrong_value_and_a_wrong_recipe_are_refused_with_what_is_allowed(data)
     wrong = call("train", data, "--recipe=tinny")
     assert wrong.exit_code == 1
     diary = "diary-2021-03-31, diary-2021-04-06, diary-2021-04-09, diary-next"
-    assert wrong.stderr == f"hazelnut: recipe 'tinny' does not exist: there are default, {diary}, tiny.\n"
+    assert wrong.stderr == f"hazelnut: recipe 'tinny' does not exist: there are default, {diary}, features, tiny.\n"
 
 
 def test_resume_keeps_the_runs_recipe(data, tmp_path):

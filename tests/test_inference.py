@@ -106,6 +106,7 @@ def test_scores_equal_those_of_the_scorer_on_each_image_alone(tmp_path, scorer):
         assert result.p_value == expected.p_value[0]
         assert result.anomaly_map == pytest.approx(expected.maps[0], abs=1e-4)
         assert torch.equal(result.pixels, pixels)
+        assert result.reconstruction is not None
         assert torch.allclose(result.reconstruction, expected.reconstructions[0], atol=1e-4)
 
 

@@ -190,13 +190,12 @@ def test_smooth_keeps_the_sum_of_a_map_that_is_quiet_at_the_borders():
 
 
 def test_component_maps_are_the_smoothed_residual_and_the_smoothed_evidence():
-    images, reconstructions = images_of(2), images_of(2, seed=1)
-    evidence = maps_of(2, components=4)
-    residual = smooth(residual_map(images, reconstructions), sigma=1.5)
-    without_head = component_maps(images, reconstructions, evidence[:, :0], sigma=1.5)
+    plain, evidence = residual_map(images_of(2), images_of(2, seed=1)), maps_of(2, components=4)
+    residual = smooth(plain, sigma=1.5)
+    without_head = component_maps(plain, evidence[:, :0], sigma=1.5)
     assert without_head.shape == (2, 1, 32, 32)
     assert torch.equal(without_head, residual)
-    with_head = component_maps(images, reconstructions, evidence, sigma=1.5)
+    with_head = component_maps(plain, evidence, sigma=1.5)
     assert with_head.shape == (2, 5, 32, 32)
     assert torch.allclose(with_head[:, :1], residual, atol=1e-6)
     assert torch.allclose(with_head[:, 1:], smooth(evidence, sigma=1.5), atol=1e-6)

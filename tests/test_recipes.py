@@ -33,6 +33,13 @@ REFUSED = [
     ("batch_norm", "none", "before, after"),
     ("head_width", "12", "0 (no head) and multiples of 8 to 256"),
     ("head_width", "264", "0 (no head) and multiples of 8 to 256"),
+    ("features", "mobilenet_v9", "none, mobilenet_v2, resnet18, wide_resnet50_2, efficientnet_b0"),
+    ("features", "", "none, mobilenet_v2"),
+    ("feature_layers", "layer2", "of features none there are no layers"),
+    ("feature_channels", "0", "multiples of 8 from 8 to 1024"),
+    ("feature_channels", "12", "multiples of 8 from 8 to 1024"),
+    ("feature_padding", "same", "torchvision, tensorflow"),
+    ("feature_corruption", "0.5", "0 and, over features, up to 1"),
     ("crop", "16", "0 (no crop) and, for a grid of codes, multiples of 16 from 32 to 64"),
     ("crop", "80", "multiples of 16 from 32 to 64"),
     ("crop", "40", "multiples of 16 from 32 to 64"),
@@ -91,6 +98,8 @@ WRONG_TYPES = [
     ("corruption", True),
     ("alpha", None),
     ("schedule", ["cosine"]),
+    ("features", None),
+    ("feature_layers", ["layer2"]),
     ("mixed_precision", 1),
     ("mixed_precision", "true"),
 ]
@@ -163,8 +172,30 @@ def test_a_large_image_needs_tiles():
     assert (config.image_size, config.side) == (1024, 256)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("gradient_weight=0.5", "ssim_weight and gradient_weight are of images: over features allowed is 0"),
+        ("ssim_weight=0.5", "ssim_weight and gradient_weight are of images: over features allowed is 0"),
+        ("crop=144", "crop is 144: allowed are over features multiples of 32"),
+        ("feature_corruption=1.5", "feature_corruption is 1.5: allowed are 0 and, over features, up to 1"),
+        ("latent=vector", "latent is 'vector': over features allowed is grid"),
+    ],
+)
+def test_what_does_not_go_over_features_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("features", [change])
+
+
+def test_features_are_computed_once_where_training_shows_each_image_as_it_is():
+    assert load_recipe("features", []).caches_features
+    for change in ("jitter=0.1", "crop=128", "tile=128"):
+        assert not load_recipe("features", [change]).caches_features
+    assert not load_recipe("default", ["jitter=0", "crop=0"]).caches_features
+
+
 def test_the_recipes_that_the_command_line_relies_on_are_shipped():
-    assert {"default", "tiny"} <= set(recipe_names())
+    assert {"default", "features", "tiny"} <= set(recipe_names())
 
 
 def test_every_key_has_a_refused_value_here():

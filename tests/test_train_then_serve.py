@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import get_model
 
 from models.checkpoint import load_checkpoint
 from models.images import decode_image, image_tensor
@@ -33,11 +34,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["tiny", "features"])
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Over pixels, and over the features of a backbone, whose weights are random here."""
     out = tmp_path_factory.mktemp("runs") / "nuts"
     changes = [f"--set={change}" for change in SETTINGS]
-    command = [*HAZELNUT, "train", str(data), "--recipe=tiny", *changes, f"--out={out}"]
+    command = [*HAZELNUT, "train", str(data), f"--recipe={request.param}", *changes, f"--out={out}"]
+    if request.param == "features":
+        torch.save(get_model("resnet18", weights=None).state_dict(), out.parent / "backbone.pth")
+        command += ["--set=features=resnet18", f"--backbone-weights={out.parent / 'backbone.pth'}"]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert result.stdout == f"checkpoint: {out / 'checkpoint'}\n"
     return out / "checkpoint"

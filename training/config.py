@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from models.config import LatentShape, ModelConfig, NormPosition
+from models.config import LatentShape, ModelConfig, NormPosition, Padding
 from models.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -30,12 +30,18 @@ class Recipe:
     latent_dim: int
     batch_norm: NormPosition
     head_width: int
+    features: str
+    feature_layers: str
+    feature_channels: int
+    feature_padding: Padding
     # What the networks are shown: random windows of this many pixels (0: the whole image, or a tile of it), their
     # brightness and contrast changed by up to this share.
     crop: int
     jitter: float
-    # What the autoencoder rebuilds: the probability of each synthetic defect, and its loss.
+    # What the autoencoder rebuilds: the probability of each synthetic defect, the share of images whose defects are
+    # drawn in the features, where the backbone need not run again, and its loss.
     corruption: float
+    feature_corruption: float
     l2_weight: float
     ssim_weight: float
     gradient_weight: float
@@ -84,6 +90,7 @@ class Recipe:
         )
         _check("jitter", self.jitter, 0 <= self.jitter <= 0.5, "0 to 0.5")
         _check("corruption", self.corruption, 0 <= self.corruption <= 1, "0 to 1")
+        self._check_features()
         for name in ("l2_weight", "ssim_weight", "gradient_weight", "head_weight", "latent_weight", "image_weight"):
             value = getattr(self, name)
             _check(name, value, 0 <= value < math.inf, "0 or more")
@@ -113,6 +120,18 @@ class Recipe:
         _check("calibration_fraction", fraction, 0 < fraction <= 0.5, "more than 0, up to 0.5")
         _check("alpha", self.alpha, 0 < self.alpha < 1, "more than 0, less than 1")
 
+    def _check_features(self) -> None:
+        share = self.feature_corruption
+        _check("feature_corruption", share, 0 <= share <= (self.features != "none"), "0 and, over features, up to 1")
+        if self.features != "none" and self.ssim_weight + self.gradient_weight:
+            raise ConfigError("ssim_weight and gradient_weight are of images: over features allowed is 0.")
+        _check("crop", self.crop, self.features == "none" or self.crop % 32 == 0, "over features multiples of 32")
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether training shows each image as it is, so that its features are computed once."""
+        return self.features != "none" and not self.jitter and self.window == self.image_size
+
     @property
     def window(self) -> int:
         """Pixels on each side of what training shows."""
@@ -128,6 +147,10 @@ class Recipe:
             latent_dim=self.latent_dim,
             batch_norm=self.batch_norm,
             head_width=self.head_width,
+            features=self.features,
+            feature_layers=self.feature_layers,
+            feature_channels=self.feature_channels,
+            feature_padding=self.feature_padding,
         )
 
 
@@ -179,7 +202,7 @@ def _check_type(name: str, kind: Any, value: Any) -> None:
     elif kind is float:
         _check(name, value, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
     elif type(value) is not kind:
-        _check(name, value, False, {int: "a whole number", bool: "true, false"}[kind])
+        _check(name, value, False, {int: "a whole number", bool: "true, false", str: "a text"}[kind])
 
 
 def _check(name: str, value: Any, allowed: bool, what: str) -> None:

@@ -74,6 +74,30 @@ def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -
     return images, visible
 
 
+def corrupt_features(features: Tensor, *, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same in a backbone's features, (B, F, h, w), which need not be computed again: the features of another place,
+    of the same image or of another one, or a shift of all features by chance. Masks: (B, 1, h, w).
+    """
+    features = features.clone()
+    visible = torch.zeros_like(features[:, :1])
+    size = features.shape[-1]
+    for _ in range(DEFECTS):
+        chosen = Draws(len(features), generator).chance(probability).flatten().nonzero().squeeze(1)
+        if len(chosen):
+            draws = Draws(len(chosen), generator)
+            opacity = draws.uniform(0.3, 1) * shapes(draws, size)
+            whole = features[chosen]
+            others = torch.where(draws.chance(0.5), whole, features[chosen - 1])
+            down, across = torch.randint(size, (2,), generator=generator, device=generator.device).tolist()
+            moved = others.roll((down, across), dims=(2, 3))
+            shifted = whole + draws.octaves(0.5, 3) * draws.normal(features.shape[1], 1, 1)
+            damaged = torch.lerp(whole, torch.where(draws.chance(0.7), moved, shifted), opacity)
+            changed = (damaged - whole).square().mean(dim=1, keepdim=True) > VISIBLE
+            visible[chosen] = torch.maximum(visible[chosen], changed.float())
+            features[chosen] = damaged
+    return features, visible
+
+
 def shapes(draws: Draws, size: int) -> Tensor:
     """Where the defects are: (B, 1, S, S), 0 outside to 1 inside, with borders from sharp to soft.
 

@@ -38,7 +38,7 @@ ALIKE = 0.05  # variance of samples, as a share of that of images
 def fixed_images(state: TrainingState, recipe: Recipe, count: int) -> tuple[Tensor, Tensor]:
     """The same training images, or windows of them, whenever it is asked: (B, C, W, W), and places (B, 2, W, W)."""
     batches = Batches(state.batches.pixels, batch_size=count, crop=recipe.window, seed=recipe.seed + 2)
-    pixels, places = batches.next()
+    pixels, places, _ = batches.next()
     return state.networks.standardisation(pixels).contiguous(memory_format=torch.channels_last), places
 
 
@@ -55,7 +55,7 @@ def as_in_training(network: nn.Module, recipe: Recipe) -> nn.Module:
 
 @torch.no_grad()
 def measure(state: TrainingState, recipe: Recipe, images: Tensor) -> dict[str, float]:
-    """What the networks do with images, (B, C, W, W) of `fixed_images`, and with as many draws of the prior.
+    """What the networks do with what they see of `fixed_images`, and with as many draws of the prior.
 
     docs/training.md says what each figure means. Those of an adversary that is left out are missing.
     """

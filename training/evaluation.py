@@ -129,7 +129,7 @@ def pixel_level(statistics: metrics.PixelStatistics | None) -> dict[str, Any] | 
 
 
 def reconstruction_quality(measured: Measured) -> dict[str, Any] | None:
-    """How well good parts are rebuilt, at the model's resolution; None without good images."""
+    """How well good parts are rebuilt, at the model's resolution; None without good images or over features."""
     if not measured.good_images:
         return None
     images, reconstructions = torch.stack(measured.good_images), torch.stack(measured.good_reconstructions)
@@ -144,7 +144,8 @@ def reconstruction_quality(measured: Measured) -> dict[str, Any] | None:
 
 @torch.inference_mode()
 def generation_quality(scorer: Scorer, measured: Measured) -> dict[str, Any] | None:
-    """How like good parts the decoder's pictures of as many draws from N(0, I) are; None without good images.
+    """How like good parts the decoder's pictures of as many draws from N(0, I) are; None without good images or over
+    features.
 
     The prior is drawn on the CPU with a fixed seed. Of a model that scores in tiles, images are cut to tiles too.
     """

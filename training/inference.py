@@ -32,7 +32,7 @@ class ScoredImage:
     p_value: float
     anomaly_map: MapArray  # (S, S)
     pixels: Tensor  # uint8 (C, S, S), what the model saw
-    reconstruction: Tensor  # (C, S, S) intensities, in [0, 1] or a little outside
+    reconstruction: Tensor | None  # (C, S, S) intensities, in [0, 1] or a little outside; None of features
 
     def full_map(self) -> MapArray:
         """The map at the image's own resolution (H, W)."""
@@ -59,6 +59,7 @@ def find_images(paths: list[Path]) -> list[Path]:
 def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | FailedImage]:
     """Score files batch by batch, in their order. A file that cannot be read is a FailedImage."""
     config = scorer.config
+    over_features = config.features != "none"
 
     def read(path: Path) -> tuple[Image.Image, Tensor] | FailedImage:
         try:
@@ -89,7 +90,7 @@ def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | Fa
                     p_value=float(scores.p_value[index]),
                     anomaly_map=scores.maps[index],
                     pixels=item[1],
-                    reconstruction=scores.reconstructions[index].cpu(),
+                    reconstruction=None if over_features else scores.reconstructions[index].cpu(),
                 )
                 index += 1
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import TrainingDivergedError
+from models.features import SPOTS
 from models.networks import ImageDiscriminator, LatentDiscriminator, ScoringNetworks, Standardisation, places_of
 from training.config import AdversarialLoss, Recipe
-from training.corruption import corrupt
+from training.corruption import corrupt, corrupt_features
 from training.losses import (
     discriminator_loss,
     generator_loss,
@@ -31,6 +32,7 @@ BETAS = (0.9, 0.999)
 ADVERSARY_BETAS = (0.5, 0.999)
 WARMUP = 50  # steps
 STATISTICS_BATCHES = 50  # from which batch norm's running statistics are measured
+FEATURE_BATCH = 16  # images that the backbone takes at once
 
 
 class Batches:
@@ -39,8 +41,11 @@ class Batches:
     A window is (C, W, W), W = crop, anywhere in its image.
     """
 
-    def __init__(self, pixels: Tensor, *, batch_size: int, crop: int, seed: int) -> None:
+    def __init__(
+        self, pixels: Tensor, *, batch_size: int, crop: int, seed: int, directions: Tensor | None = None
+    ) -> None:
         self.pixels = pixels  # uint8 (N, C, S, S), all in the device's memory
+        self.directions = directions  # of whole images, if they are kept: see models.features
         self.places = places_of(pixels.shape[-1], pixels.device)
         self.batch_size = min(batch_size, len(pixels))
         self.crop = crop
@@ -48,8 +53,8 @@ class Batches:
         self.drawn = 0
         self._order = self._shuffled(0)
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Windows, uint8 (B, C, W, W), and where in their images they lie, (B, 2, W, W)."""
+    def next(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Windows, uint8 (B, C, W, W), where in their images they lie, (B, 2, W, W), and what is kept of them."""
         per_pass = len(self.pixels) // self.batch_size
         index = self.drawn % per_pass
         if index == 0:
@@ -60,7 +65,9 @@ class Batches:
         self.drawn += 1
         windows = [(slice(top, top + self.crop), slice(left, left + self.crop)) for top, left in corners.tolist()]
         pixels = [self.pixels[image, :, *window] for image, window in zip(chosen.tolist(), windows, strict=True)]
-        return torch.stack(pixels), torch.stack([self.places[:, *window] for window in windows])
+        places = torch.stack([self.places[:, *window] for window in windows])
+        directions = None if self.directions is None else self.directions[chosen.to(self.directions.device)]
+        return torch.stack(pixels), places, directions
 
     def resume(self, drawn: int) -> None:
         self.drawn = drawn
@@ -74,8 +81,11 @@ class Batches:
 class TrainingState:
     """All that a step reads and changes. Saved and loaded, training goes on as if it had never stopped."""
 
-    def __init__(self, recipe: Recipe, pixels: Tensor, *, device: torch.device) -> None:
-        """pixels: the training images, uint8 (N, C, S, S), at least two."""
+    def __init__(
+        self, recipe: Recipe, pixels: Tensor, *, device: torch.device, backbone: dict[str, Tensor] | None = None
+    ) -> None:
+        """pixels: the training images, uint8 (N, C, S, S), at least two. backbone: its weights; None leaves it with
+        random ones, which take as long. Raises ConfigError for weights of another network."""
         config = recipe.model_config()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -85,16 +95,31 @@ class TrainingState:
             batch_norm = recipe.image_discriminator_norm == "batch"
             self.image_discriminator = ImageDiscriminator(config, batch_norm=batch_norm).to(device)
             self.image_discriminator.to(memory_format=torch.channels_last)
-        # The weights that score: an exponential moving average smooths what the adversaries stir up.
-        self.averaged = copy.deepcopy(self.networks)
-        self.optimizer = torch.optim.Adam(self.networks.parameters(), betas=BETAS)
-        self.latent_optimizer = torch.optim.Adam(self.latent_discriminator.parameters(), betas=ADVERSARY_BETAS)
-        self.image_optimizer = torch.optim.Adam(self.image_discriminator.parameters(), betas=ADVERSARY_BETAS)
-        self.batches = Batches(pixels.to(device), batch_size=recipe.batch_size, crop=recipe.window, seed=recipe.seed)
-        self.generator = torch.Generator(device).manual_seed(recipe.seed)
         self.autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=recipe.mixed_precision and computes_bfloat16(device)
         )
+        pixels = pixels.to(device)
+        directions = None
+        if self.networks.features is not None:
+            if backbone is not None:
+                self.networks.features.load(backbone)
+            self.networks.features.locate(pixels[:SPOTS].float() / 255)
+            directions = directions_of(self.networks, pixels, self.autocast)
+            self.networks.features.fit(directions)
+        # The weights that score: an exponential moving average smooths what the adversaries stir up.
+        self.averaged = copy.deepcopy(self.networks)
+        learning = [parameter for parameter in self.networks.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(learning, betas=BETAS)
+        self.latent_optimizer = torch.optim.Adam(self.latent_discriminator.parameters(), betas=ADVERSARY_BETAS)
+        self.image_optimizer = torch.optim.Adam(self.image_discriminator.parameters(), betas=ADVERSARY_BETAS)
+        self.batches = Batches(
+            pixels,
+            batch_size=recipe.batch_size,
+            crop=recipe.window,
+            seed=recipe.seed,
+            directions=directions if recipe.caches_features else None,
+        )
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +147,17 @@ class TrainingState:
             "latent_optimizer": self.latent_optimizer,
             "image_optimizer": self.image_optimizer,
         }
+
+
+@torch.no_grad()
+def directions_of(networks: ScoringNetworks, pixels: Tensor, autocast: torch.autocast) -> Tensor:
+    """What the backbone says of images, uint8 (N, C, S, S), before it is standardised: float16 (N, F, S/8, S/8)."""
+    assert networks.features is not None
+    found = []
+    for chunk in torch.split(pixels, FEATURE_BATCH):
+        with autocast:
+            found.append(networks.features.directions(chunk.float() / 255).half())
+    return torch.cat(found)
 
 
 def standardisation_of(pixels: Tensor) -> Standardisation:
@@ -167,7 +203,7 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
 
 def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Tell codes from draws of the prior."""
-    _, damaged, _, _ = _damaged(state, recipe)
+    _, damaged, _, _ = _damaged(state, recipe, quick=True)
     with torch.no_grad(), state.autocast:
         codes = state.networks.encoder(damaged).float()
     return _discriminator_step(
@@ -188,7 +224,7 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
     Patches with a synthetic defect are fakes too: what the discriminator learns of defects it passes on to the decoder
     (OCR-GAN, arXiv 2203.00259, section 3.3).
     """
-    _, damaged, masks, _ = _damaged(state, recipe)
+    _, damaged, masks, _ = _damaged(state, recipe, quick=True)
     with torch.no_grad(), state.autocast:
         codes = state.networks.encoder(damaged)
         fake = _fakes(codes, state.networks.decoder(codes), state)
@@ -201,7 +237,7 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
         optimizer=state.image_optimizer,
         real=damaged,
         fake=fake,
-        defects=F.max_pool2d(masks, kernel_size=16) > 0,  # (B, 1, W/16, W/16), as the logits
+        defects=masks,
     )
 
 
@@ -219,14 +255,15 @@ def _discriminator_step(
 ) -> dict[str, Tensor]:
     """One step of either discriminator. `fake` carries no graph: the autoencoder does not learn here.
 
-    defects: bool, which of the logits of `real` are to count as fakes.
+    defects: (B, 1, W, W), 1 where logits of `real` are to count as those of fakes.
     """
     discriminator.train(recipe.train_flag).requires_grad_(True)
     with state.autocast:
         logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
     if defects is not None:
-        logits_fake = torch.cat([logits_fake.flatten(), logits_real[defects]])
-        logits_real = logits_real[~defects]
+        damaged = F.adaptive_max_pool2d(defects, logits_real.shape[-1]) > 0
+        logits_fake = torch.cat([logits_fake.flatten(), logits_real[damaged]])
+        logits_real = logits_real[~damaged]
     loss = discriminator_loss(kind, logits_real, logits_fake)
     losses = {f"{name}_discriminator": loss.detach()}
     if kind == "wgan-gp":
@@ -280,27 +317,43 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
     return losses
 
 
-def _damaged(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The next images (B, C, W, W), the same with synthetic defects, the defects' masks, and the places of the pixels.
+def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the networks see of the next images, (B, C, W, W) or features (B, F, W/8, W/8), the same with synthetic
+    defects, the defects' masks (B, 1, W, W), and the places of the pixels.
 
-    What is done with them is training: the networks that see them are put into train mode, if the recipe says so.
+    quick: over features, draw all defects in these. What is done with them is training: the networks that see them are
+    put into train mode, if the recipe says so.
     """
-    images, places = _images(state, recipe)
-    damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
+    images, seen, places = _images(state, recipe)
     state.networks.train(recipe.train_flag)
-    return images, damaged, masks, places
+    if state.networks.features is None:
+        damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
+        return images, damaged, masks, places
+    count = len(images) if quick else round(recipe.feature_corruption * len(images))
+    damaged, masks = corrupt_features(seen[:count], probability=recipe.corruption, generator=state.generator)
+    masks = F.interpolate(masks, scale_factor=float(state.networks.config.cell))
+    if count < len(images):
+        pixels, own = corrupt(images[count:], probability=recipe.corruption, generator=state.generator)
+        with state.autocast:
+            damaged = torch.cat([damaged, state.networks.see(pixels)])
+        masks = torch.cat([masks, own])
+    return seen, damaged, masks, places
 
 
-def _images(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The next batch, standardised (B, C, W, W), and its places (B, 2, W, W).
+def _images(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """The next batch, standardised (B, C, W, W), what the networks see of it, and its places (B, 2, W, W).
 
     Each image is a little brighter or darker, and of more or less contrast: a lamp that ages is no defect.
     """
-    pixels, places = state.batches.next()
+    pixels, places, directions = state.batches.next()
     images: Tensor = state.networks.standardisation(pixels)
     draws = 2 * torch.rand((2, len(images), 1, 1, 1), generator=state.generator, device=images.device) - 1
     images = images * (1 + recipe.jitter * draws[0]) + recipe.jitter / 2 * draws[1]
-    return images.contiguous(memory_format=torch.channels_last), places
+    images = images.contiguous(memory_format=torch.channels_last)
+    if directions is not None and state.networks.features is not None:
+        return images, state.networks.features.standardised(directions.float()), places
+    with state.autocast:
+        return images, state.networks.see(images), places
 
 
 def _fakes(codes: Tensor, reconstructions: Tensor, state: TrainingState) -> Tensor:
@@ -338,7 +391,8 @@ def average_weights(state: TrainingState, recipe: Recipe) -> None:
     # The first steps are forgotten sooner: an average that began at random weights would keep them for long.
     decay = min(recipe.ema, (1 + state.step) / (10 + state.step))
     for average, parameter in zip(state.averaged.parameters(), state.networks.parameters(), strict=True):
-        average.lerp_(parameter, 1 - decay)
+        if parameter.requires_grad:  # a backbone is what it was
+            average.lerp_(parameter, 1 - decay)
 
 
 def finite_losses(losses: dict[str, Tensor], step: int) -> dict[str, float]:
@@ -365,7 +419,8 @@ def scoring_networks(state: TrainingState, recipe: Recipe) -> ScoringNetworks:
     if not recipe.train_flag:
         return averaged.eval()
     averaged.train()
-    norms = [module for module in averaged.modules() if isinstance(module, nn.BatchNorm2d)]
+    # A backbone's stay as they are.
+    norms = [module for module in averaged.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
@@ -373,8 +428,8 @@ def scoring_networks(state: TrainingState, recipe: Recipe) -> ScoringNetworks:
     batches = Batches(state.batches.pixels, batch_size=recipe.batch_size, crop=state.batches.crop, seed=recipe.seed + 1)
     with torch.no_grad():
         for _ in range(STATISTICS_BATCHES):
-            pixels, places = batches.next()
+            pixels, places, _ = batches.next()
             images = averaged.standardisation(pixels)
             damaged, _ = corrupt(images, probability=recipe.corruption, generator=generator)
-            averaged(damaged, places)
+            averaged(averaged.see(damaged), places)
     return averaged.eval()

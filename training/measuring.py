@@ -25,7 +25,8 @@ class Measured:
     p_values: NDArray[np.float64]  # (N,)
     maps: list[MapArray]
     masks: list[NDArray[np.bool_] | None]  # None: a defect whose mask the folder does not have
-    good_images: list[Tensor]  # (C, S, S) in [-1, 1], what the model saw
+    # (C, S, S) in [-1, 1], what the model saw; none of a model over features, which makes no pictures
+    good_images: list[Tensor]
     good_reconstructions: list[Tensor]  # (C, S, S) in [-1, 1]
     seconds: float
 
@@ -55,7 +56,7 @@ def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
             p_values.append(result.p_value)
             maps.append(result.full_map())
             masks.append(_mask(test_image, result))
-            if test_image.defect == GOOD:
+            if test_image.defect == GOOD and result.reconstruction is not None:
                 good_images.append(result.pixels.float() / 127.5 - 1)
                 good_reconstructions.append((2 * result.reconstruction - 1).clamp(-1, 1))
     if failed:

@@ -1,5 +1,7 @@
 """Pictures of a run: what its networks make of the same images and the same draws of the prior, step after step."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from models.maps import residual_map
 from models.networks import ScoringNetworks
 from models.overlay import HEAT
 from training.config import Recipe
@@ -47,12 +48,14 @@ def draw_step(state: TrainingState, recipe: Recipe) -> Image.Image:
     networks = as_in_training(state.networks, recipe)
     assert isinstance(networks, ScoringNetworks)
     with state.autocast:
-        codes, reconstructions, logits, _ = networks(shown, places)
+        seen = networks.see(shown)
+        codes, reconstructions, logits, _ = networks(seen, places)
         samples = networks.decoder(fixed_draws(codes.shape, state, recipe))
-    residuals = residual_map(shown, reconstructions.float())
-    colours = networks.standardisation.intensities
+    residuals = networks.residual(seen, reconstructions.float())
+    colours = as_colours(networks, seen)
     rows = [
-        ("good, damaged", colours(shown)),
+        ("good, damaged", networks.standardisation.intensities(shown)),
+        *([] if networks.features is None else [("their features", colours(seen))]),
         ("reconstructions", colours(reconstructions.float())),
         ("residual map", heat(residuals / residuals.amax().clamp(min=1e-6))),
         *([] if logits is None else [("defects found", heat(logits.float().sigmoid()))]),
@@ -68,18 +71,32 @@ def draw_interpolations(networks: ScoringNetworks, state: TrainingState, recipe:
     networks: those that score.
     """
     images, _ = fixed_images(state, recipe, 2 * ROWS)
-    images = images[: len(images) // 2 * 2]
-    colours = networks.standardisation.intensities
-    codes = networks.encoder(images)
+    seen = networks.see(images[: len(images) // 2 * 2])
+    colours = as_colours(networks, seen)
+    codes = networks.encoder(seen)
     rows = []
     for index, (first, second) in enumerate(zip(codes[::2], codes[1::2], strict=True)):
         made = colours(networks.decoder(between(first, second, COLUMNS - 2)))
-        ends = colours(images[2 * index : 2 * index + 2])
+        ends = colours(seen[2 * index : 2 * index + 2])
         rows.append(("image, codes\nbetween, image", torch.cat([ends[:1], made, ends[1:]])))
     draws = fixed_draws(torch.Size([2 * ROWS, *codes.shape[1:]]), state, recipe)
     for first, second in zip(draws[::2], draws[1::2], strict=True):
         rows.append(("between draws\nof the prior", colours(networks.decoder(between(first, second, COLUMNS)))))
     return grid(f"{recipe_line(recipe)}, interpolations at step {state.step}", rows)
+
+
+def as_colours(networks: ScoringNetworks, seen: Tensor) -> Callable[[Tensor], Tensor]:
+    """How to show what networks see, rebuild and make, as intensities (B, C, H, W) in [0, 1] or a little outside.
+
+    Features, (B, F, h, w), have more numbers than there are colours: the three directions in which `seen` varies most.
+    """
+    if networks.features is None:
+        return networks.standardisation.intensities
+    flat = seen.transpose(0, 1).flatten(1)  # (F, B h w)
+    middle = flat.mean(dim=1, keepdim=True)
+    deviations, directions = torch.linalg.eigh((flat - middle) @ (flat - middle).T / flat.shape[1])
+    scaled = directions[:, -3:] / (4 * deviations[-3:].clamp(min=1e-6).sqrt())  # (F, 3)
+    return lambda features: 0.5 + torch.einsum("bfhw,fc->bchw", features - middle.unsqueeze(2), scaled)
 
 
 def between(first: Tensor, second: Tensor, count: int) -> Tensor:

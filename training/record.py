@@ -29,7 +29,8 @@ class Record:
         for line in _forget_steps_after(out / "log.jsonl", state.step):
             self.watch.see(line)
         _forget_steps_after(out / "findings.jsonl", state.step)
-        self.images, _ = fixed_images(state, recipe, IMAGES)
+        images, _ = fixed_images(state, recipe, IMAGES)
+        self.seen = state.networks.see(images)
         self.latest: dict[str, float] = {}  # the adversaries' losses are not those of every step
         self.last = (state.step, time.perf_counter())
         self.writer = SummaryWriter(out / "tensorboard", purge_step=state.step + 1)
@@ -53,7 +54,7 @@ class Record:
             self.last = (step, now)
             line = {"step": step, "images_per_second": round(rate, 1), **self.latest}
             if step % DIAGNOSE_EVERY == 0 or last:
-                line |= measure(self.state, self.recipe, self.images)
+                line |= measure(self.state, self.recipe, self.seen)
             self._log(line)
             shown = _shown(rate, self.latest)
         if pictures.is_drawn(step, self.recipe):

@@ -5,6 +5,9 @@ and, at the end, the checkpoint. Killed at any moment, it goes on from its last 
 import io
 import json
 import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +22,11 @@ from models.checkpoint import Checkpoint, save_checkpoint
 from models.density import FeatureDistance, GoodFeatures
 from models.errors import DataError, TrainingDivergedError, TrainingError
 from models.files import replace_file
-from models.maps import GoodMaps, MapFusion
+from models.maps import GoodMaps, MapFusion, fusion_weights
 from models.networks import ScoringNetworks, SegmentationHead, cells_of, places_of
 from models.scoring import outputs, table, windows
 from training import metrics
+from training.backbone import Backbone, load_backbone
 from training.config import Recipe, recipe_from_dict
 from training.corruption import corrupt
 from training.data import Dataset, load_images, read_dataset
@@ -44,24 +48,43 @@ class Run:
     name: str
     training_images_sha256: str
     command: str
+    backbone: dict[str, str] | None = None  # where its weights came from, and their sha256
 
 
 def train_folder(
-    data: Path, out: Path, *, recipe: Recipe, resume: bool, device: torch.device, command: str, console: Console
+    data: Path,
+    out: Path,
+    *,
+    recipe: Recipe,
+    resume: bool,
+    device: torch.device,
+    command: str,
+    console: Console,
+    backbone_weights: Path | None = None,
 ) -> Path:
     """Train on a folder of images, from the start or from where the run in `out` stands.
 
-    Returns the checkpoint's folder. Raises TrainingError if `out` holds another run, or one and not `resume`;
-    DataError for images that do not do.
+    backbone_weights: see training.backbone. Returns the checkpoint's folder. Raises TrainingError if `out` holds
+    another run, or one and not `resume`; DataError for images that do not do.
     """
+    if backbone_weights and recipe.features == "none":
+        raise TrainingError(f"--backbone-weights is {backbone_weights}: the recipe has features none, no backbone.")
     split = split_images(read_dataset(data), recipe)
+    before = read_run(out)
+    saved = _read_state(out / "state.pt") if before and resume else None
+    backbone = None
+    if recipe.features != "none":
+        if before and saved and not backbone_weights:
+            backbone = _kept_backbone(before, saved)
+        else:
+            backbone = load_backbone(recipe.features, backbone_weights)
     run = Run(
         recipe=asdict(recipe),
         name=data.resolve().name,
         training_images_sha256=split.fingerprint,
         command=command,
+        backbone=backbone.record if backbone else None,
     )
-    before = read_run(out)
     if before and not resume:
         raise TrainingError(f"{out} holds a run already: --resume goes on with it, --out names another folder.")
     if before:
@@ -74,12 +97,20 @@ def train_folder(
             load_images(paths, channels=recipe.channels, size=recipe.image_size, advance=lambda: bar.advance(task))
             for paths in (split.training, split.calibration)
         )
-    state = TrainingState(recipe, training, device=device)
+    begin = time.perf_counter()
+    state = TrainingState(recipe, training, device=device, backbone=backbone.weights if backbone else None)
+    if state.batches.directions is not None:
+        kept = state.batches.directions
+        console.print(
+            f"features of {len(kept)} images computed once: {time.perf_counter() - begin:.0f} s, "
+            f"{kept.nbytes / 2**20:.0f} MiB in memory",
+            highlight=False,
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / "run.json", json.dumps(asdict(run), indent=1).encode())
-        if (out / "state.pt").exists():
-            _load_state(out / "state.pt", state)
+        if saved is not None:
+            _load_state(out / "state.pt", saved, state)
         with Record(out, state, recipe, console) as record:
             _train(state, recipe, out, record, console)
             networks = scoring_networks(state, recipe)
@@ -118,8 +149,8 @@ def fit_distances(networks: ScoringNetworks, pixels: Tensor) -> None:
         images = networks.standardisation(chunk.to(next(networks.parameters()).device))
         places = places_of(config.image_size, images.device).unsqueeze(0)
         for window in windows(config.image_size, config.side):
-            *_, features = networks(images[..., *window], places[..., *window])
-            for good, stride, level in zip(known, SegmentationHead.STRIDES, features, strict=False):
+            *_, features = networks(networks.see(images[..., *window]), places[..., *window])
+            for good, stride, level in zip(known, SegmentationHead.strides(config), features, strict=False):
                 good.add(level, *cells_of(window, stride))
     for good in known:
         good.fit()
@@ -148,7 +179,7 @@ def calibrate(
 
 def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
     """What the fusion is made from, of good images uint8 (N, C, S, S)."""
-    good = GoodMaps()
+    good = GoodMaps(fusion_weights(networks.config))
     for chunk in torch.split(held_out, SCORING_BATCH):
         good.add(outputs(networks, chunk).maps)
     return good
@@ -206,6 +237,8 @@ def _continued(before: Run, run: Run, out: Path) -> Run:
         raise TrainingError(f"the run in {out} has another recipe ({', '.join(changed)} differ): start a new run.")
     if before.training_images_sha256 != run.training_images_sha256:
         raise TrainingError(f"the run in {out} was trained on other images: start a new run.")
+    if (before.backbone or {}).get("sha256") != (run.backbone or {}).get("sha256"):
+        raise TrainingError(f"the run in {out} has a backbone with other weights: start a new run.")
     return before
 
 
@@ -233,11 +266,30 @@ def _write_state(path: Path, state: TrainingState) -> None:
     replace_file(path, content.getvalue())
 
 
-def _load_state(path: Path, state: TrainingState) -> None:
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """None if there is none yet."""
+    if not path.exists():
+        return None
+    with _unreadable(path):
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return saved
+
+
+def _load_state(path: Path, saved: dict[str, Any], state: TrainingState) -> None:
+    with _unreadable(path, f", or was written on another kind of device than {state.generator.device.type}"):
+        state.load_state_dict(saved)
+
+
+@contextmanager
+def _unreadable(path: Path, otherwise: str = "") -> Iterator[None]:
     try:
-        state.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        yield
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        device = state.generator.device.type
-        raise TrainingError(
-            f"{path} cannot be read, or was written on another kind of device than {device}: {error}."
-        ) from error
+        raise TrainingError(f"{path} cannot be read{otherwise}: {error}.") from error
+
+
+def _kept_backbone(run: Run, saved: dict[str, Any]) -> Backbone:
+    """That of a run that goes on: its state holds the weights."""
+    prefix, record = "features.network.", run.backbone or {}
+    weights = {key.removeprefix(prefix): value for key, value in saved["networks"].items() if key.startswith(prefix)}
+    return Backbone(weights, record.get("weights", ""), record.get("sha256", ""))

@@ -1,0 +1,239 @@
+"""The features of a frozen backbone: where they lie, what they are, and that nothing moves them."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models import get_model
+
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.config import FEATURE_LAYERS, ModelConfig
+from models.errors import ConfigError
+from models.features import Features, centred, starts
+from models.maps import smooth
+from models.networks import ScoringNetworks, Standardisation, enlarged, places_of
+from models.scoring import in_tiles, outputs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def config_of(**fields: object) -> ModelConfig:
+    values: dict[str, object] = {"image_size": 64, "width": 8, "latent_dim": 4, "head_width": 8}
+    return ModelConfig(**values | {"features": "resnet18", "feature_channels": 16} | fields)  # type: ignore[arg-type]
+
+
+def textures(count: int, size: int, *, channels: int = 3) -> Tensor:
+    """Soft noise in [0, 1], as different from place to place as a part is."""
+    noise = torch.rand(count, channels, size // 8, size // 8)
+    return torch.nn.functional.interpolate(noise, size=(size, size), mode="bilinear")
+
+
+# Where they lie
+
+
+@pytest.mark.parametrize("padding", ["torchvision", "tensorflow"])
+@pytest.mark.parametrize("name", FEATURE_LAYERS)
+def test_the_map_peaks_where_the_spot_is(name, padding):
+    """Weights are random, and a single peak may be off: the median over places is what padding moves."""
+    images = textures(8, 128)
+    features = Features(config_of(image_size=128, features=name, feature_padding=padding, feature_channels=64))
+    features.locate(images)
+    places = torch.randint(44, 84, (16, 2))
+    whole = images[:1].expand(16, -1, -1, -1)
+    spotted = whole.clone()
+    for image, (row, column) in zip(spotted, places.tolist(), strict=True):
+        square = image[:, row - 2 : row + 3, column - 2 : column + 3]
+        square.copy_(1 - square.mean().round())
+    change = (features(spotted) - features(whole)).square().mean(dim=1, keepdim=True)
+    peaks = smooth(enlarged(change, 8), sigma=4.0).flatten(1).argmax(dim=1)
+    off = torch.stack([peaks // 128, peaks % 128], dim=1) - places
+    assert off.median(dim=0).values.abs().max() <= 2, off
+
+
+def test_where_cells_lie_is_found_for_either_padding():
+    """Symmetric padding centres a cell on the first pixel of its stride, TensorFlow's on the last: half a stride more
+    or less than the middle. The weights, random here, move it by little."""
+    found = {}
+    for padding in ("torchvision", "tensorflow"):
+        torch.manual_seed(0)
+        network = Features(config_of(feature_padding=padding, features="mobilenet_v2")).network
+        found[padding] = starts(network, 2 * textures(8, 128) - 1)
+    for layer, symmetric, tensorflow in (("features.6", 0, 7), ("features.13", 0, 15)):
+        assert (found["torchvision"][layer] - symmetric).abs().max() < 3
+        assert (found["tensorflow"][layer] - tensorflow).abs().max() < 3
+
+
+@pytest.mark.parametrize(("stride", "start"), [(8, 0.0), (8, 3.5), (8, 7.0), (16, 0.0), (16, 15.0), (4, 1.5)])
+def test_centred_cells_hold_what_lies_at_their_centres(stride, start):
+    """Maps that hold their own cells' places, across and down, hold the centres' afterwards, except at the border."""
+    size = 128
+    places = start + stride * torch.arange(size // stride).float()
+    maps = torch.stack([places.expand(len(places), -1), places.unsqueeze(1).expand(-1, len(places))]).unsqueeze(0)
+    found = centred(maps, torch.tensor([start, start]), size)[0, :, 2:-2, 2:-2]
+    expected = 8 * torch.arange(size // 8)[2:-2] + 3.5
+    assert torch.allclose(found[0], expected.expand_as(found[0]), atol=1e-3)
+    assert torch.allclose(found[1], expected.unsqueeze(1).expand_as(found[1]), atol=1e-3)
+
+
+# What they are
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(3, 16), (1, 16), (3, 128), (3, 384)])
+def test_features_are_numbers_for_each_eight_pixels(channels, kept):
+    features = Features(config_of(feature_channels=kept))
+    assert features(textures(2, 64, channels=channels)).shape == (2, kept, 8, 8)
+
+
+def test_gray_images_are_seen_as_the_same_gray_in_three_channels():
+    features = Features(config_of())
+    gray = textures(2, 64, channels=1)
+    assert torch.equal(features(gray), features(gray.expand(-1, 3, -1, -1)))
+
+
+def test_directions_have_length_one():
+    lengths = Features(config_of()).directions(textures(2, 64)).norm(dim=1)
+    assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-5)
+
+
+def test_fitted_features_have_mean_zero_and_mean_square_one():
+    features = Features(config_of())
+    images = textures(6, 64)
+    features.fit(features.directions(images))
+    found = features(images)
+    assert found.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert float(found.square().mean()) == pytest.approx(1, abs=1e-4)
+
+
+def test_features_of_flat_images_stay_finite():
+    features = Features(config_of())
+    features.fit(features.directions(torch.full((2, 3, 64, 64), 0.5)))
+    assert features(torch.full((1, 3, 64, 64), 0.5)).isfinite().all()
+
+
+def test_features_do_not_depend_on_their_batch():
+    features = Features(config_of())
+    images = textures(3, 64)
+    alone = torch.cat([features(image.unsqueeze(0)) for image in images])
+    assert torch.allclose(features(images), alone, atol=1e-4)
+
+
+# Frozen
+
+
+def test_a_backbone_stays_in_eval_mode_and_learns_nothing():
+    networks = ScoringNetworks(config_of(), Standardisation()).train()
+    assert networks.features is not None
+    before = copy.deepcopy(networks.features.state_dict())
+    seen = networks.see(2 * textures(4, 64) - 1)
+    assert not seen.requires_grad
+    codes, reconstructions, logits, _ = networks(seen, places_of(64, CPU).unsqueeze(0))
+    assert logits is not None
+    (codes.mean() + reconstructions.square().mean() + logits.mean()).backward()
+    assert not any(module.training for module in networks.features.modules())
+    assert all(parameter.grad is None for parameter in networks.features.parameters())
+    for key, value in networks.features.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+# Its weights
+
+
+def test_weights_of_the_same_network_are_taken():
+    features, given = Features(config_of()), get_model("resnet18", weights=None).eval()
+    features.load(given.state_dict())
+    image = features._expected(textures(1, 64))
+    expected = given.layer1(given.maxpool(given.relu(given.bn1(given.conv1(image)))))
+    assert torch.allclose(features.network(image)["layer2"], given.layer2(expected), atol=1e-5)
+
+
+def test_half_precision_weights_are_made_single():
+    features, given = Features(config_of()), get_model("resnet18", weights=None).half()
+    features.load(given.state_dict())
+    assert all(value.dtype != torch.float16 for value in features.state_dict().values())
+
+
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(ConfigError, match=r"not of resnet18: conv1\.weight are missing"):
+        Features(config_of()).load(get_model("mobilenet_v2", weights=None).state_dict())
+    with pytest.raises(ConfigError, match=r"layer1\.0\.conv1\.weight have shape \(64, 64, 1, 1\), not"):
+        Features(config_of()).load(get_model("resnet50", weights=None).state_dict())
+
+
+def test_a_backbone_that_torchvision_lacks_is_refused():
+    with pytest.raises(ConfigError, match="features is 'resnet19'"):
+        Features(config_of(features="resnet19", feature_layers="layer2"))
+    with pytest.raises(ConfigError, match="feature_layers is 'layer2, layer9'"):
+        Features(config_of(feature_layers="layer2,layer9"))
+
+
+def test_a_layer_that_is_no_map_is_refused():
+    features = Features(config_of(feature_layers="layer2,fc"))
+    with pytest.raises(ConfigError, match="feature_layers has 'fc'"):
+        features.locate(textures(1, 64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"feature_layers": "", "features": "vgg11"}, "features is 'vgg11': without feature_layers allowed are none"),
+        ({"features": "none", "feature_layers": "layer2"}, "feature_layers is 'layer2'"),
+        ({"latent": "vector"}, "latent is 'vector'"),
+        ({"feature_channels": 12}, "feature_channels is 12"),
+        ({"feature_padding": "same"}, "feature_padding is 'same'"),
+        ({"image_size": 80}, "image_size is 80: allowed are multiples of 32"),
+        ({"image_size": 128, "tile": 48}, "tile is 48"),
+    ],
+)
+def test_a_config_over_features_that_does_not_go_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(**fields)
+
+
+# Scores
+
+
+def test_outputs_over_features_are_maps_of_the_image():
+    networks = ScoringNetworks(config_of(), Standardisation()).eval()
+    found = outputs(networks, torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    assert found.maps.shape == (2, 1 + networks.evidence_maps, 64, 64)
+    assert found.reconstructions.shape == (2, 16, 8, 8)
+    assert found.maps.isfinite().all()
+
+
+@torch.inference_mode()
+def test_tiles_over_features_of_a_flat_image_are_the_image_in_one_piece():
+    """Where the backbone's zero padding does not reach: its windows' borders count little."""
+    networks = ScoringNetworks(config_of(image_size=192, tile=128, head_width=0), Standardisation()).eval()
+    images = torch.zeros(1, 3, 192, 192)
+    tiled, whole = in_tiles(networks, images, tile=128)[1], in_tiles(networks, images, tile=192)[1]
+    assert tiled.shape == whole.shape == (1, 16, 24, 24)
+    assert torch.allclose(tiled[..., 11:13, 11:13], whole[..., 11:13, 11:13], atol=0.05)
+    assert not torch.allclose(tiled, whole + 0.1, atol=0.05)
+
+
+def test_a_checkpoint_carries_its_backbone(tmp_path, checkpoint: Checkpoint):
+    networks = ScoringNetworks(config_of(), Standardisation()).eval()
+    assert networks.features is not None
+    networks.features.locate(textures(4, 64))
+    components = 1 + networks.evidence_maps
+    fusion = type(checkpoint.fusion)(
+        torch.zeros(components, 8, 8),
+        torch.ones(components, 8, 8),
+        torch.zeros(2 * components),
+        torch.ones(2 * components),
+    )
+    saved = replace(checkpoint, networks=networks, fusion=fusion)
+    save_checkpoint(tmp_path / "saved", saved)
+    loaded = load_checkpoint(tmp_path / "saved")
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(outputs(loaded.networks, pixels).maps, outputs(networks, pixels).maps)
