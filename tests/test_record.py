@@ -99,6 +99,32 @@ def test_tensorboard_shows_the_figures_and_the_pictures(tmp_path, recipe, pixels
         assert Image.open(io.BytesIO(event.encoded_image_string)).tobytes() == picture.tobytes()
 
 
+def test_tensorboard_shows_a_run_while_it_goes_on(tmp_path, recipe, pixels, monkeypatch):
+    """And what was found in it."""
+    monkeypatch.setattr("training.pictures.FIRST", 10)
+    state = TrainingState(recipe, pixels, device=CPU)
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        if state.step not in (10, 20):
+            return
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("reconstruction")][-1] == state.step
+        assert [event.step for event in events.Images("step")][-1] == state.step
+        for finding in lines(tmp_path / "findings.jsonl"):
+            (event,) = events.Tensors(f"finding/{finding['name']}/text_summary")
+            assert event.step == finding["step"]
+            assert event.tensor_proto.string_val[0].decode() == finding["message"]
+            seen += 1
+
+    with Record(tmp_path, state, recipe, QUIET) as written:
+        (tmp_path / "findings.jsonl").touch()
+        record_training(state, recipe, written, after=look)
+    assert seen
+
+
 def test_pictures_are_kept_at_their_steps(tmp_path, recipe, pixels, monkeypatch):
     monkeypatch.setattr("training.pictures.FIRST", 3)
     trained(tmp_path, recipe, pixels)

@@ -73,7 +73,9 @@ class Record:
                 self.writer.add_scalar(name, value, line["step"])
         for finding in self.watch.see(line):
             _append(self.out / "findings.jsonl", asdict(finding))
+            self.writer.add_text(f"finding/{finding.name}", finding.message, finding.step)
             self._warn(finding)
+        self.writer.flush()  # else TensorBoard lags two minutes behind
 
     def _warn(self, finding: Finding) -> None:
         self.console.print(f"[yellow]step {finding.step}:[/] {finding.message}", highlight=False, soft_wrap=True)
@@ -81,6 +83,7 @@ class Record:
     def _keep(self, tag: str, picture: Image.Image, name: str) -> None:
         picture.save(self.out / "pictures" / f"{name}.png")
         self.writer.add_image(tag, np.asarray(picture), self.state.step, dataformats="HWC")
+        self.writer.flush()
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
