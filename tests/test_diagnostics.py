@@ -82,7 +82,7 @@ def watched(recipe: Recipe, pixels: Tensor, *, line_every: int = 1) -> list[Find
     "changes",
     [
         {},
-        {"batch_norm": "after"},
+        {"batch_norm": "after", "latent_discriminator_norm": "none", "image_discriminator_norm": "group"},
         {
             "latent_loss": "wgan-gp",
             "image_loss": "wgan-gp",
@@ -111,6 +111,8 @@ def test_the_wrong_flags_of_the_diary_are_recognised_and_the_right_ones_raise_no
     assert findings["dead_discriminator/image"].figure < 0.02
     assert findings["collapsed_code"].figure < 0.1
     assert findings["collapsed_generator"].figure < 0.05
+    for name in ("dead_discriminator/image", "collapsed_code", "collapsed_generator"):
+        assert "set train_flag = true first, then try " in findings[name].message
     assert watched(replace(wrong, train_flag=True), discs) == []
 
 
@@ -120,8 +122,14 @@ def test_batch_norm_after_the_last_activation_makes_a_discriminators_loss_consta
     findings = watched(recipe, discs)
     found = next(finding for finding in findings if finding.name == "constant/image_discriminator")
     assert "try image_discriminator_norm = group" in found.message
-    others = watched(replace(recipe, image_discriminator_norm="group"), discs)
-    assert "constant/image_discriminator" not in {finding.name for finding in others}
+    for adversary, norm in (("image", "group"), ("latent", "none")):
+        (dead,) = [finding for finding in findings if finding.name == f"dead_discriminator/{adversary}"]
+        assert dead.step == 3 * EVERY  # long before the loss has been constant for long enough
+        assert abs(dead.figure) < 1e-5
+        assert f"try {adversary}_discriminator_norm = {norm}" in dead.message
+    others = {finding.name for finding in watched(replace(recipe, image_discriminator_norm="group"), discs)}
+    assert "constant/image_discriminator" not in others
+    assert "dead_discriminator/image" not in others
 
 
 def test_a_discriminator_that_learns_too_fast_is_saturated(healthy, discs):
@@ -158,7 +166,7 @@ def test_codes_without_variety_are_collapsed(healthy, discs):
         (found,) = [finding for finding in findings if finding.name == "collapsed_code"]
         assert found.step == 3 * EVERY
         assert found.figure == 0
-        assert "in 0.0 of 4 dimensions" in found.message
+        assert "in 0.0 of 4 dimensions: try a smaller latent_weight" in found.message
 
 
 def test_rates_so_small_that_nothing_moves_make_constant_losses(healthy, discs):
@@ -175,7 +183,7 @@ def line(step: int, **figures: float) -> dict[str, float]:
 
 
 def judged(step: int, spread: float) -> dict[str, float]:
-    figures = {"margin": 0.0, "accuracy_real": 0.5, "accuracy_fake": 0.5, "spread": spread}
+    figures = {"margin": 0.5, "accuracy_real": 0.5, "accuracy_fake": 0.5, "spread": spread}
     return line(step) | {f"latent/{name}": figure for name, figure in figures.items()}
 
 

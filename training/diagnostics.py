@@ -29,6 +29,7 @@ CONSTANT = 0.003  # standard deviation of a loss, as a share of it
 DIVERGED = 2.0  # times the lowest reconstruction loss so far, if that is also more than at the start
 UNBOUNDED = 1000.0  # no discriminator's loss is as large: images of 512 pixels are some 500 apart
 FLAT = 0.02  # standard deviation of a discriminator's logits
+BLIND = 0.001  # their margin, as a share of it
 SURE = 8.0  # margin of a discriminator's logits: a loss of 0.04
 NARROW = 0.1  # standard deviation of a code, where the prior has 1
 FEW = 1.5  # effective dimensions of a code
@@ -165,6 +166,8 @@ class Watch:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        # What comes before all other advice.
+        self._first = "" if recipe.train_flag else "batch norm does not normalise; set train_flag = true first, then "
         # The adversaries' losses are not those of every step: as many of them that are new.
         self.window = WINDOW * math.ceil(recipe.adversary_every * recipe.discriminator_every / LOG_EVERY)
         self.losses: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=self.window))
@@ -235,13 +238,17 @@ class Watch:
             if f"{adversary}/margin" not in line:
                 continue
             spread, margin = line[f"{adversary}/spread"], line[f"{adversary}/margin"]
+            blind = spread >= FLAT and abs(margin) < BLIND * spread
             yield _Check(
                 f"dead_discriminator/{adversary}",
-                spread < FLAT,
-                spread,
-                f"the {adversary} discriminator answers nearly the same to everything, with a deviation of {spread:.2g}"
-                f": try a larger discriminator_learning_rate, more {adversary}_n_critic, or a smaller "
-                f"{adversary}_weight.",
+                spread < FLAT or blind,
+                margin if blind else spread,
+                f"the {adversary} discriminator's answers to real and to fake have one mean, {margin:.1g} apart: "
+                f"{_what_moves(adversary, self.recipe)}"
+                if blind
+                else f"the {adversary} discriminator answers nearly the same to everything, with a deviation of "
+                f"{spread:.2g}: {self._first}try a larger discriminator_learning_rate, more {adversary}_n_critic, or a "
+                f"smaller {adversary}_weight.",
             )
             if loss == "bce":
                 right = min(line[f"{adversary}/accuracy_real"], line[f"{adversary}/accuracy_fake"])
@@ -263,7 +270,8 @@ class Watch:
             narrow or (effective < FEW and line["code/dimensions"] > 3),
             spread if narrow else effective,
             f"the codes of different images differ by {spread:.2g}, where the prior has 1, and in {effective:.1f} of "
-            f"{line['code/dimensions']:.0f} dimensions: try a smaller latent_weight, or a larger l2_weight.",
+            f"{line['code/dimensions']:.0f} dimensions: {self._first}try a smaller latent_weight, or a larger "
+            f"l2_weight.",
         )
         if self.recipe.image_weight:
             variety = line["variety/samples"]
@@ -271,8 +279,8 @@ class Watch:
                 "collapsed_generator",
                 variety < ALIKE,
                 variety,
-                f"samples of the prior differ among themselves {variety:.2g} times as much as images do: try "
-                f"image_loss = wgan-gp, a smaller image_weight, or a smaller discriminator_learning_rate.",
+                f"samples of the prior differ among themselves {variety:.2g} times as much as images do: {self._first}"
+                f"try image_loss = wgan-gp, a smaller image_weight, or a smaller discriminator_learning_rate.",
             )
 
 
