@@ -183,6 +183,18 @@ def test_every_diagnostic_is_on_one_chart_and_an_unknown_one_on_its_own(bare):
     assert "accuracy" not in margins
 
 
+def test_the_accuracy_of_a_wasserstein_discriminator_is_said_to_say_nothing(bare):
+    record = json.loads((bare / "run.json").read_text())
+    record["recipe"] |= {"image_loss": "wgan-gp", "image_discriminator_norm": "group", "latent_loss": "bce"}
+    (bare / "run.json").write_text(json.dumps(record))
+    judged = {f"{adversary}/accuracy_{kind}": 0.9 for adversary in ("latent", "image") for kind in ("real", "fake")}
+    write_lines(bare / "log.jsonl", {"step": 10, "images_per_second": 5.0, "reconstruction": 0.5, **judged})
+    page = report(bare)
+    for adversary, sentence in (("latent", "near 1 the discriminator wins"), ("image", "which say nothing here")):
+        shown = page.partition(f"<h3>Accuracy of the {adversary} discriminator")[2].partition("</figure>")[0]
+        assert sentence in shown
+
+
 def test_a_run_that_just_began_says_what_it_lacks(bare):
     for left_out in ("checkpoint", "evaluation", "tensorboard", "pictures"):
         shutil.rmtree(bare / left_out, ignore_errors=True)
@@ -320,6 +332,23 @@ def test_a_long_curve_is_thinned_to_means_within_its_extremes():
     assert (low <= middle).all()
     assert (middle <= high).all()
     assert (low.min(), high.max()) == (values.min(), values.max())
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.06, 0.9], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"]),  # logarithmic, and room for each
+        ([0.55, 0.95], ["0.6", "0.7", "0.8", "0.9"]),  # spans too little for a logarithm
+        ([0.001, 900.0], ["0.001", "0.01", "0.1", "1", "10", "100", "1000"]),
+    ],
+)
+def test_a_logarithmic_axis_has_labels_that_do_not_lie_over_one_another(values, labels):
+    with charts.style():
+        svg = charts.lines("curve", "a title", {"one": ([800.0, 900.0], values)}, logarithmic=True)
+    across = ("800", "820", "840", "860", "880", "900")
+    shown = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg) if text not in (*across, "step")]
+    assert set(shown) <= set(labels)
+    assert len(shown) >= 3
 
 
 def test_a_short_curve_is_kept_as_it_is():

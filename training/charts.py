@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
@@ -93,7 +93,10 @@ def lines(
     shares: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
-    """Curves by name, over steps. shares: they are from 0 to 1. marks: steps at which something was found."""
+    """Curves by name, over steps. shares: they are from 0 to 1. marks: steps at which something was found.
+
+    logarithmic: where the values span enough for it.
+    """
     chart = Chart(name, title)
     axes = chart.axes
     for colour, (key, (across, values)) in zip(_cycled(SERIES), series.items(), strict=False):
@@ -103,11 +106,13 @@ def lines(
         axes.plot(x, middle, color=colour, label=key, marker="o" if len(x) == 1 else None)
     for mark in marks:
         axes.axvline(mark, color=BAD, linewidth=1, linestyle=":")
-    if logarithmic:
+    lowest, highest = axes.get_ylim()
+    if logarithmic and highest > 3 * max(lowest, 0):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # more labels would lie over one another
         lowest, highest = axes.get_ylim()
-        axes.yaxis.set_minor_formatter("{x:g}" if highest < 10 * lowest else NullFormatter())
+        axes.yaxis.set_minor_formatter("{x:g}" if highest < 100 * lowest else NullFormatter())
     if shares:
         axes.set_ylim(0, 1.02)
     axes.set_xlabel("step")

@@ -267,7 +267,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         figures = report[level] or {}
         for name in (name for name in FIDELITY if figures.get(name) is not None):
             floor = figures["frechet_floor"] if name == "frechet_random_features" else None
-            beside = "" if floor is None else f"{floor:.3g}: halves of {report['images']['good']}"
+            beside = "" if floor is None else f"({floor:.3g} between halves)"
             table.add_row(f"{level} {FIDELITY[name]}", f"{figures[name]:.3g}", beside)
     if alarms:
         promised = f"({alarms['promised_low']:.2f}-{alarms['promised_high']:.2f}) promised"

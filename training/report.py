@@ -19,6 +19,7 @@ LOSSES = {
     "Gradient penalties": (("latent_penalty", "image_penalty"), "0 where the gradient's norm is 1."),
 }
 ACCURACIES = "Shares on the right side of 0: near 1 the discriminator wins, near 0.5 it cannot tell."
+NO_ACCURACIES = "Shares on the right side of 0, which say nothing here: the zero of wgan-gp is anywhere."
 DIAGNOSTICS = {
     "Gradient norms": (("gradient_norm/",), "Of each network."),
     "Margins": (("latent/margin", "image/margin"), "The discriminators' mean logit on real minus that on fake ones."),
@@ -26,8 +27,8 @@ DIAGNOSTICS = {
         ("latent/spread", "image/spread"),
         "Their standard deviation: near 0 the discriminator answers the same to everything.",
     ),
-    "Latent discriminator": (("latent/accuracy_real", "latent/accuracy_fake"), ACCURACIES),
-    "Image discriminator": (("image/accuracy_real", "image/accuracy_fake"), ACCURACIES),
+    "Accuracy of the latent discriminator": (("latent/accuracy_real", "latent/accuracy_fake"), ACCURACIES),
+    "Accuracy of the image discriminator": (("image/accuracy_real", "image/accuracy_fake"), ACCURACIES),
     "Code": (("code/mean", "code/std"), "Of the encoder's codes; the prior has 0 and 1."),
     "Effective dimensions of the code": (
         ("code/effective_dimensions", "code/dimensions"),
@@ -36,7 +37,6 @@ DIAGNOSTICS = {
     "Sharpness": (("sharpness/",), "Energy of fine detail against the images: 1 is as sharp."),
     "Variety": (("variety/",), "How much samples differ, against how much images do: near 0 the generator collapsed."),
 }
-SHARES = {"Latent discriminator", "Image discriminator"}
 LOGARITHMIC = {"Gradient norms", "Gradient penalties", "Sharpness"}
 
 
@@ -160,7 +160,7 @@ def _details(found: RunFolder, details: Item | None) -> dict[str, Any]:
             "overlap",
             "Per-region overlap",
             ("good pixels above", "regions covered"),
-            "Of the maps. AUPRO@0.3 is its area.",
+            "Of the maps. AUPRO@0.3 is the share that is filled.",
         ),
     ):
         if details[name]:
@@ -233,6 +233,8 @@ def _curves(found: RunFolder) -> dict[str, list[Item]]:
                 name for name in rest if any(name == key or (key[-1] == "/" and name.startswith(key)) for key in wanted)
             ]
             rest = [name for name in rest if name not in here]
+            if caption == ACCURACIES and found.run.recipe.get(f"{wanted[0].partition('/')[0]}_loss") == "wgan-gp":
+                caption = NO_ACCURACIES
             if here:
                 drawn[kind].append(_curve(found, title, here, caption, marks))
         drawn[kind] += [_curve(found, name, [name], "", marks) for name in rest]
@@ -251,7 +253,7 @@ def _curve(found: RunFolder, title: str, names: list[str], caption: str, marks: 
         title,
         series,
         logarithmic=title in LOGARITHMIC and positive,
-        shares=title in SHARES,
+        shares=names[0].partition("/")[2].startswith("accuracy"),
         marks=marks,
     )
     return chart(title, svg, caption)
