@@ -151,8 +151,8 @@ def test_compare_writes_a_page_with_every_figure_and_what_differs(tmp_path):
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
     assert ["tiny", "2", "0.750 ± 0.635"] in [row[:3] for row in rows]
     assert ["tiny, batch_norm=after, steps=100", "1", "0.800"] in [row[:3] for row in rows]
-    differences = rows[rows.index(["run", "batch_norm", "steps"]) :][:3]
-    assert differences[1:] == [["tiny", "before", "800"], ["tiny, batch_norm=after, steps=100", "after", "100"]]
+    differences = rows[rows.index(["recipe", "tiny", "tiny, batch_norm=after, steps=100"]) :][1:3]
+    assert differences == [["batch_norm", "before", "after"], ["steps", "800", "100"]]
     assert [str(tmp_path / "a1"), "1", "800", "5.3", "0", "0.800", "0.70 to 0.90"] in rows
     assert set(re.findall(r"[a-z]+://[^\s\"'<>)]*", page)) <= {
         "http://www.w3.org/2000/svg",

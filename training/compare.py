@@ -160,12 +160,10 @@ def print_comparison(groups: list[Group], console: Console) -> None:
             seeds = f"{len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
             table.add_row(f"{group.label}\n({seeds})", *figures)
         console.print(table)
-    console.print(INTERVALS)
+    console.print(INTERVALS, highlight=False)
 
 
 def _content(groups: list[Group]) -> dict[str, Any]:
-    everything = dict.fromkeys(key for group in groups for key in group.runs[0].run.recipe if key != "seed")
-    differing = [key for key in everything if len({_recipe_value(group, key) for group in groups}) > 1]
     data_sets = list(dict.fromkeys(group.data for group in groups))
     runs = [run for group in groups for run in group.runs]
     return {
@@ -175,15 +173,19 @@ def _content(groups: list[Group]) -> dict[str, Any]:
             _part(number, data, [group for group in groups if group.data == data])
             for number, data in enumerate(data_sets)
         ],
-        "difference_head": ["run", *differing],
-        "differences": list(
-            dict.fromkeys((group.label, *(_recipe_value(group, key) for key in differing)) for group in groups)
-        )
-        if differing
-        else [],
+        "differences": _differences(groups),
         "run_head": ["run", "seed", "steps", "minutes", "findings", "image AUROC", "image AUROC, 95 %"],
         "runs": [_run_row(run) for run in runs],
     }
+
+
+def _differences(groups: list[Group]) -> list[tuple[str, ...]]:
+    """A row for each key that is not the same in all recipes, a column for each recipe; the first row is the head."""
+    keys = dict.fromkeys(key for group in groups for key in group.runs[0].run.recipe if key != "seed")
+    differing = [key for key in keys if len({_recipe_value(group, key) for group in groups}) > 1]
+    recipes = dict.fromkeys((group.label, *(_recipe_value(group, key) for key in differing)) for group in groups)
+    columns = [("recipe", *differing), *recipes] if differing else []
+    return list(zip(*columns, strict=True))
 
 
 def _part(number: int, data: str, groups: list[Group]) -> dict[str, Any]:
