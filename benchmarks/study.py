@@ -3,9 +3,10 @@
     python -m benchmarks.study DATA [DATA ...] [--seeds 3] [--workers 2]            # on two cores
     python -m benchmarks.study DATA [DATA ...] --image-size 128 --workers 1 --device cuda
 
-Each recipe with batch norm before and after the activation, then what may make reconstructions sharper, one change of
-one recipe at a time. `hazelnut train` and `hazelnut evaluate` as processes of their own, one thread each, so many at a
-time as there are workers. Runs are kept and resumed; what is there is not done again. A row is printed as each ends.
+Each recipe with batch norm before and after the activation, then how often the discriminators learn, and what may make
+reconstructions sharper, one change of one recipe at a time. `hazelnut train` and `hazelnut evaluate` as processes of
+their own, one thread each, so many at a time as there are workers. Runs are kept and resumed; what is there is not done
+again. A row is printed as each ends.
 Nothing is chosen by these figures in any run: training ends at the recipe's last step.
 
 Prints tables in Markdown, writes docs/benchmarks/study.json after every run.
@@ -36,9 +37,10 @@ STEPS = 600
 
 DIARY = ("diary-2021-03-31", "diary-2021-04-06", "diary-2021-04-09", "diary-next")
 POSITIONS = ("before", "after")
-# Each on the recipe that costs least of those with the right flags. The weights are half of l2_weight's, as in the
-# default recipe.
-SHARPENED = "diary-2021-04-06"
+# Changes of the recipe that costs least of those with the right flags. Its discriminators learn in one of five steps.
+CHANGED = "diary-2021-04-06"
+TURNS = {"discriminators in each step": ["discriminator_every=1"]}
+# The weights are half of l2_weight's, as in the default recipe.
 SHARPER = {
     "gradient loss": ["gradient_weight=50"],
     "SSIM loss": ["ssim_weight=50"],
@@ -61,7 +63,7 @@ TABLE = {
 @dataclass(frozen=True)
 class Planned:
     data: Path
-    group: str  # diary, or sharper
+    group: str  # diary, turns or sharper
     name: str
     recipe: str
     batch_norm: str
@@ -81,13 +83,14 @@ def plan(data: list[Path], seeds: int) -> list[Planned]:
         for recipe in DIARY
         for position in POSITIONS
     ]
-    sharper = [
-        Planned(folder, "sharper", name, SHARPENED, "before", seed, changes)
+    changed = [
+        Planned(folder, group, name, CHANGED, "before", seed, changes)
+        for group, variants in (("turns", TURNS), ("sharper", SHARPER))
         for seed in range(seeds)
         for folder in data
-        for name, changes in SHARPER.items()
+        for name, changes in variants.items()
     ]
-    return diary + sharper
+    return diary + changed
 
 
 def main(
@@ -192,7 +195,7 @@ def shown(row: dict[str, Any], *, number: int, of: int) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The runs, mean over seeds; their losses; and what batch norm after the activation changes, run by run."""
     lines = []
-    for group in ("diary", "sharper"):
+    for group in ("diary", "turns", "sharper"):
         lines += [
             "",
             f"| data | run | norm | seeds | {' | '.join(TABLE)} | findings |",
@@ -204,7 +207,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             found = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
             lines.append(f"| {' | '.join(key)} | {len(chosen)} | {' | '.join(figures)} | {found} |")
     lines += ["", f"| data | run | norm | {' | '.join(LOSSES)} |", "|---" * (3 + len(LOSSES)) + "|"]
-    for key, chosen in grouped(rows, "diary").items():
+    for key, chosen in (grouped(rows, "diary") | grouped(rows, "turns")).items():
         losses = [
             f"{statistics.mean(row['losses'][name]['mean'] for row in chosen):.2f} ± "
             f"{statistics.mean(row['losses'][name]['deviation'] for row in chosen):.2f}"
@@ -222,7 +225,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def grouped(rows: list[dict[str, Any]], group: str) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    order = [*DIARY, *SHARPER]
+    order = [*DIARY, *TURNS, *SHARPER]
     of_group = [row for row in rows if row["group"] == group]
     for row in sorted(of_group, key=lambda row: (row["data"], order.index(row["name"]), row["batch_norm"] == "after")):
         found.setdefault((row["data"], row["name"], row["batch_norm"]), []).append(row)
