@@ -1,6 +1,7 @@
 """Detection, measured against what a user would pick instead.
 
     python -m benchmarks.quality DATA [DATA ...] --baseline PATCHCORE.py [--seeds 3] [--variant NAME ...]
+    python -m benchmarks.quality DATA [DATA ...] --baseline PATCHCORE.py --recipe features --backbone-weights FILE
 
 Each DATA is a folder in MVTec layout with a test split. Per data set and seed: `hazelnut train`, `hazelnut evaluate`
 and the baseline, each as a process of its own. The baseline is a script that is called with DATA and --seed and prints
@@ -43,6 +44,9 @@ VARIANTS = {
     "without the gradient loss": ["gradient_weight=0"],
     "without jitter": ["jitter=0"],
     "whole images instead of windows": ["crop=0", "batch_size=4"],
+    # Over features.
+    "without corruption in features": ["feature_corruption=0", "batch_size=8"],
+    "without corruption in pixels": ["feature_corruption=1"],
 }
 
 
@@ -51,14 +55,16 @@ def main(
     baseline: Annotated[Path | None, typer.Option(help="Script of the baseline.")] = None,
     seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3,
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "default",
+    backbone_weights: Annotated[Path | None, typer.Option(help="As of `hazelnut train`.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for every run.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help=f"Of: {', '.join(VARIANTS)}.")] = None,
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/quality"),
     out: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS,
 ) -> None:
     overrides = overrides or []
+    weights = [f"--backbone-weights={backbone_weights.resolve()}"] if backbone_weights else []
     rows: list[dict[str, Any]] = []
-    command = ["python", "-m", "benchmarks.quality", *(f"PACK/{folder.name}" for folder in data)]
+    command = ["python", "-m", "benchmarks.quality", *(f"PACK/{folder.name}" for folder in data), f"--recipe={recipe}"]
     record = {
         "command": shlex.join([*command, *(f"--set={override}" for override in overrides)]),
         "recipe": recipe,
@@ -70,7 +76,9 @@ def main(
         for folder in data:
             for name in variant or ["whole"]:
                 run = runs / folder.name / f"{name.replace(' ', '-')}-{seed}"
-                rows.append(measure(folder, run, name, recipe, [*overrides, *VARIANTS[name], f"seed={seed}"], seed))
+                rows.append(
+                    measure(folder, run, name, recipe, [*overrides, *VARIANTS[name], f"seed={seed}"], seed, weights)
+                )
                 write_results(out, record)
             if baseline:
                 rows.append(measure_baseline(folder, runs / folder.name / f"baseline-{seed}.json", baseline, seed))
@@ -78,12 +86,14 @@ def main(
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
 
 
-def measure(data: Path, run: Path, name: str, recipe: str, overrides: list[str], seed: int) -> dict[str, Any]:
+def measure(
+    data: Path, run: Path, name: str, recipe: str, overrides: list[str], seed: int, weights: list[str]
+) -> dict[str, Any]:
     checkpoint = run / "checkpoint"
     if not (run / "evaluation.json").exists():
         sets = [argument for override in overrides for argument in ("--set", override)]
         resume = ["--resume"] if run.exists() else []
-        call([*HAZELNUT, "train", str(data), "--recipe", recipe, *sets, "--out", str(run), *resume])
+        call([*HAZELNUT, "train", str(data), "--recipe", recipe, *sets, *weights, "--out", str(run), *resume])
         call([*HAZELNUT, "evaluate", str(checkpoint), str(data)])
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation.pop("command")  # it names folders of this machine

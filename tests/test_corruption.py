@@ -12,6 +12,7 @@ from training.corruption import (
     Draws,
     altered,
     corrupt,
+    corrupt_features,
     fillings,
     moved,
     painted,
@@ -405,3 +406,50 @@ def test_uniform_draws_and_chances_are_as_asked_for():
     assert 5.9 < values.max() <= 6
     assert (torch.histc(values, bins=4, min=-2, max=6) / 4096 - 0.25).abs().max() < 0.03
     assert 0.27 < share(draws.chance(0.3)) < 0.33
+
+
+# In a backbone's features
+
+
+def damaged_features(*, probability: float = 1.0, count: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    features = torch.randn(count, 16, 32, 32, generator=torch.Generator().manual_seed(seed + 100))
+    generator = torch.Generator().manual_seed(seed)
+    return features, *corrupt_features(features, probability=probability, generator=generator)
+
+
+def test_features_change_where_the_mask_says_and_are_kept():
+    features, damaged, masks = damaged_features(count=32)
+    kept = features.clone()
+    assert damaged.shape == features.shape
+    assert masks.shape == (32, 1, 32, 32)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    change = (damaged - features).square().mean(dim=1, keepdim=True)
+    assert change[masks == 0].max() < 0.5
+    assert change[masks == 1].mean() > 0.5
+    assert torch.equal(features, kept)
+
+
+def test_without_a_chance_features_stay_as_they_are():
+    features, damaged, masks = damaged_features(probability=0.0)
+    assert torch.equal(damaged, features)
+    assert not masks.any()
+
+
+def test_defects_in_features_are_small_and_in_most_images():
+    _, _, masks = damaged_features(count=64)
+    shares = masks.flatten(1).mean(dim=1)
+    assert (shares > 0).float().mean() > 0.9
+    assert 0.002 < float(shares.median()) < 0.3
+
+
+def test_features_with_the_same_seed_get_the_same_defects():
+    assert torch.equal(damaged_features(seed=3)[1], damaged_features(seed=3)[1])
+    assert not torch.equal(damaged_features(seed=3)[2], damaged_features(seed=4)[2])
+
+
+def test_half_of_the_pasted_features_come_from_another_image():
+    """Each image's features have a mean of their own: that of a pasted place says whose they are."""
+    features = torch.arange(200.0).view(200, 1, 1, 1) * 100 + torch.randn(200, 4, 32, 32)
+    damaged, masks = corrupt_features(features, probability=0.5, generator=torch.Generator().manual_seed(0))
+    foreign = (damaged - features).abs().flatten(1).amax(dim=1) > 20
+    assert 0.2 < float(foreign.float().mean() / (masks.flatten(1).amax(dim=1) > 0).float().mean()) < 0.7
