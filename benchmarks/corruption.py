@@ -27,7 +27,7 @@ from benchmarks.results import write_results
 from models.images import image_tensor
 from models.networks import Standardisation
 from training.config import Recipe, load_recipe
-from training.corruption import VISIBLE, Draws, altered, corrupt, moved, painted, relit, roughened, shapes
+from training.corruption import VISIBLE, Draws, altered, corrupt, painted, pasted, roughened, shapes
 from training.data import load_images, read_dataset
 from training.demo import draw_part
 from training.loop import Batches, TrainingState, standardisation_of, train
@@ -39,7 +39,7 @@ PAIRS = 4  # in a row of the sheet: a window with a defect, and where it is
 LABEL, GAP = 88, 4  # pixels: the width of a row's name, and the space between windows
 FILLINGS: dict[str, Callable[[Tensor, Draws], Tensor]] = {
     "painted": painted,
-    "moved": lambda images, draws: relit(moved(images, images.roll(1, dims=0), draws), images, draws),
+    "moved": pasted,
     "altered": altered,
     "roughened": roughened,
 }
@@ -118,7 +118,7 @@ def telling(windows: Tensor, damaged: Tensor, where: Tensor) -> list[int]:
     changed = ((damaged - windows).abs().mean(dim=1) > VISIBLE).float().mean(dim=(1, 2))
     covered = where.mean(dim=(1, 2, 3))
     chosen: list[int] = ((covered > 0.01) & (covered < 0.15) & (changed > 0.15 * covered)).nonzero().flatten().tolist()
-    return chosen[:PAIRS]
+    return chosen[:: max(1, len(chosen) // PAIRS)][:PAIRS]  # kinds come one after the other
 
 
 def in_pairs(chosen: list[int], damaged: Tensor, where: Tensor, standardisation: Standardisation) -> list[Tensor]:

@@ -159,6 +159,15 @@ def test_successive_draws_of_one_generator_differ():
     assert not torch.equal(first, second)
 
 
+def test_what_an_image_gets_does_not_depend_on_its_place_in_the_batch():
+    images, generator = flat(8), seeded()
+    grainy = torch.zeros(8)
+    for _ in range(400):
+        damaged, _ = corrupt(images, probability=0.5, generator=generator)
+        grainy += (damaged - images).flatten(1).abs().amax(dim=1) > 1e-4
+    assert (grainy / 400 - grainy.mean() / 400).abs().max() < 0.1
+
+
 def test_the_images_of_a_batch_get_different_defects():
     damaged, _ = corrupted(noise(1).expand(16, 3, SIZE, SIZE))
     assert len(damaged.flatten(1).unique(dim=0)) == 16
@@ -189,7 +198,7 @@ def test_the_layout_in_memory_decides_nothing():
 
 def test_each_filling_is_computed_for_the_images_that_get_it():
     images = flat(1000)
-    filled = fillings(images, torch.arange(len(images)), Draws(len(images), seeded()))
+    filled = torch.cat([filling for _, filling in fillings(images, Draws(len(images), seeded()))])
     number, step = filled[:, 0].mean(dim=(1, 2)), (filled[:, 1] - filled[:, 0]).mean(dim=(1, 2))
     expected = images[:, 0, 0, 0]
     level = filled.std(dim=(2, 3)).amax(dim=1) < 1e-4  # neither grainy nor painted, which always has some texture
@@ -376,6 +385,29 @@ def test_borders_are_sharp_or_soft():
 
 
 # Draws
+
+
+def test_noise_is_drawn_once_for_all_images_of_a_layer(monkeypatch):
+    fields: list[tuple[int, ...]] = []
+    normal = Draws.normal
+
+    def noted(draws: Draws, *shape: int) -> Tensor:
+        fields.append((draws.count, *shape))
+        return normal(draws, *shape)
+
+    monkeypatch.setattr(Draws, "normal", noted)
+    corrupted(noise(64))
+    finest = [shape for shape in fields if shape[-1] > 1]
+    assert {count for count, *_ in finest} == {1}
+    assert len([shape for shape in finest if shape[-1] == SIZE // 2]) == 4 * DEFECTS  # shapes, paint, warps, patches
+
+
+def test_parts_are_as_large_as_their_shares_and_make_up_the_whole():
+    assert [part.count for part in Draws(3, seeded()).parts(0.0, 1.0, 0.0)] == [0, 3, 0]
+    counts = [part.count for part in Draws(4096, seeded()).parts(0.2, 0.5, 0.3)]
+    assert sum(counts) == 4096
+    assert abs(counts[0] / 4096 - 0.2) < 0.03
+    assert abs(counts[1] / 4096 - 0.5) < 0.03
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 128])

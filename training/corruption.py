@@ -6,6 +6,10 @@ Anomalies, arXiv 2109.15222). A defect is a shape and a filling, chosen apart fr
 or be a sliver of another part.
 """
 
+import math
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,17 +29,34 @@ class Draws:
 
     def uniform(self, low: float, high: float) -> Tensor:
         """(B, 1, 1, 1)."""
-        share = torch.rand((self.count, 1, 1, 1), generator=self.generator, device=self.device)
-        return low + (high - low) * share
+        drawn = torch.empty((self.count, 1, 1, 1), device=self.device)
+        return drawn.uniform_(low, high, generator=self.generator)
 
     def octaves(self, low: float, high: float) -> Tensor:
         """(B, 1, 1, 1), each doubling from low to high as likely as the next."""
-        share = torch.rand((self.count, 1, 1, 1), generator=self.generator, device=self.device)
-        return low * (high / low) ** share
+        return self.uniform(math.log(low), math.log(high)).exp_()
 
     def chance(self, probability: float) -> Tensor:
         """(B, 1, 1, 1), True with that probability."""
         return self.uniform(0, 1) < probability
+
+    def parts(self, *shares: float) -> list["Draws"]:
+        """Draws for the first images, for the next ones, and so on: as many as chance gives to parts of such shares.
+
+        Which images come first is for the caller to shuffle. A part is a slice then, and nothing has to be gathered.
+        """
+        numbers = self.uniform(0, 1).flatten().tolist()
+        bounds = [0.0, *accumulate(shares[:-1]), 1.0]
+        counts = [sum(low <= number < high for number in numbers) for low, high in pairwise(bounds)]
+        return [Draws(count, self.generator) for count in counts]
+
+    def order(self) -> Tensor:
+        """(B,): a random one."""
+        return torch.randperm(self.count, generator=self.generator, device=self.device)
+
+    def shared(self) -> "Draws":
+        """For noise, which is dear, and may be the same for all images: their defects lie at different places in it."""
+        return Draws(1, self.generator)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn((self.count, *shape), generator=self.generator, device=self.device)
@@ -57,21 +78,26 @@ def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -
 
     images: standardised, (B, C, S, S). Masks: (B, 1, S, S), 1 where a defect can be seen and 0 elsewhere.
     """
-    images = images.clone(memory_format=torch.contiguous_format)
-    visible = torch.zeros_like(images[:, :1])
+    images = images.contiguous()
+    places, damaged, covered = torch.arange(len(images), device=images.device), images, torch.zeros_like(images[:, :1])
+    everyone = Draws(len(images), generator)
     for _ in range(DEFECTS):
-        chosen = Draws(len(images), generator).chance(probability).flatten().nonzero().squeeze(1)
-        if len(chosen):
-            draws = Draws(len(chosen), generator)
-            opacity = draws.uniform(0.3, 1) * shapes(draws, images.shape[-1])
-            whole = images[chosen]
-            damaged = torch.lerp(whole, fillings(images, chosen, draws), opacity)
-            # By blocks, because a pasted texture crosses what was there before.
-            change = F.avg_pool2d((damaged - whole).square_().mean(dim=1, keepdim=True), BLOCK)
-            changed = F.interpolate((change > VISIBLE**2).float(), scale_factor=BLOCK)
-            visible[chosen] = torch.maximum(visible[chosen], (opacity > 0.02) * changed)
-            images[chosen] = damaged
-    return images, visible
+        order = everyone.order()  # the first images get a defect, and the kinds come one after the other
+        places, damaged, covered = (tensor.index_select(0, order) for tensor in (places, damaged, covered))
+        draws, _ = everyone.parts(probability, 1 - probability)
+        opacity = draws.uniform(0.3, 1) * shapes(draws, images.shape[-1])
+        for part, filling in fillings(damaged[: draws.count], draws):
+            damaged[part].lerp_(filling, opacity[part])
+        covered[: draws.count].clamp_(min=opacity)
+    back = places.argsort()
+    damaged, covered = damaged.index_select(0, back), covered.index_select(0, back)
+    # By blocks, because a pasted texture crosses what was there before.
+    change = F.mse_loss(damaged, images, reduction="none").mean(dim=1, keepdim=True)
+    changed = F.interpolate((F.avg_pool2d(change, BLOCK) > VISIBLE**2).float(), scale_factor=BLOCK)
+    return damaged, covered.gt_(0.02).mul_(changed)
+
+
+# Shapes
 
 
 def corrupt_features(features: Tensor, *, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -101,67 +127,74 @@ def corrupt_features(features: Tensor, *, probability: float, generator: torch.G
 def shapes(draws: Draws, size: int) -> Tensor:
     """Where the defects are: (B, 1, S, S), 0 outside to 1 inside, with borders from sharp to soft.
 
-    Blobs with rough borders, boxes, specks and lines, from straight scratches to jagged cracks, each at a random
-    place and turn and of random size, small ones as likely per octave.
+    Each at a random place and turn and of random size, small ones as likely per octave.
     """
+    blob, speck, line, box = draws.parts(0.45, 0.1, 0.35, 0.1)
+    noise = draws.shared().noise(1, size, roughness=0.6)
+    drawn = [blobs(blob, noise), specks(speck, noise), lines(line, noise), boxes(box, size)]
+    return torch.cat(drawn).index_select(0, draws.order())
+
+
+def blobs(draws: Draws, noise: Tensor) -> Tensor:
+    """With rough borders."""
+    first, second, radius = radii(draws, noise.shape[-1])
+    return inside(torch.hypot(first, second) + draws.uniform(0, 0.5) * noise, radius, draws)
+
+
+def specks(draws: Draws, noise: Tensor) -> Tensor:
+    """The peaks of the noise within a blob, the highest of them at least."""
+    within = blobs(draws, noise)
+    highest = torch.where(within < 1, -4.0, noise).amax(dim=(2, 3), keepdim=True)
+    return within * (4 * (noise - highest + draws.uniform(0.2, 1))).clamp_(0, 1)
+
+
+def lines(draws: Draws, noise: Tensor) -> Tensor:
+    """From straight scratches to jagged cracks: where a straight line, bent by noise, passes within half its width."""
+    size = noise.shape[-1]
+    along, beside = axes(draws, size)
+    bent = beside - draws.octaves(0.3, 0.08 * size) * noise
+    line = (draws.octaves(0.4, 2.5) + 0.5 - bent.abs_()).clamp_(0, 1)
+    return line * (draws.octaves(0.04 * size, 0.35 * size) + 0.5 - along.abs_()).clamp_(0, 1)
+
+
+def boxes(draws: Draws, size: int) -> Tensor:
+    first, second, radius = radii(draws, size)
+    return inside(torch.maximum(first.abs_(), second.abs_()), radius, draws)
+
+
+def axes(draws: Draws, size: int) -> tuple[Tensor, Tensor]:
+    """How far each pixel is from a random place, along a random direction and beside it; in pixels."""
     axis = torch.arange(size, device=draws.device, dtype=torch.float32)
-    across = axis.view(1, 1, 1, size) - draws.uniform(0, size)  # in pixels, from the defect's centre
+    across = axis.view(1, 1, 1, size) - draws.uniform(0, size)
     down = axis.view(1, 1, size, 1) - draws.uniform(0, size)
-    turn = draws.uniform(0, torch.pi)
-    along = across * turn.cos() + down * turn.sin()
-    beside = down * turn.cos() - across * turn.sin()
-    noise = draws.noise(1, size, roughness=0.6)
-
-    kind = draws.uniform(0, 1)
-    radius, stretch, softness = draws.octaves(0.012 * size, 0.25 * size), draws.octaves(0.5, 2), draws.octaves(0.5, 6)
-    roughness, speck_height = draws.uniform(0, 0.5), draws.uniform(0.2, 1)
-    half_length, half_width = draws.octaves(0.04 * size, 0.35 * size), draws.octaves(0.4, 2.5)
-    bend = draws.octaves(0.3, 0.08 * size)
-
-    # Each shape is computed where it is used only.
-    drawn = torch.empty_like(noise)
-    is_line = (kind > 0.65).flatten()
-    chosen = is_line.nonzero().squeeze(1)
-    # A line is where a straight one, bent by noise, passes within half its width.
-    bent = beside[chosen] - bend[chosen] * noise[chosen]
-    line = (half_width[chosen] + 0.5 - bent.abs()).clamp(0, 1)
-    drawn[chosen] = line * (half_length[chosen] + 0.5 - along[chosen].abs()).clamp(0, 1)
-
-    chosen = (~is_line).nonzero().squeeze(1)
-    # A blob or a box is where the distance from its centre, in units of its radius, is below one.
-    kind, radius, stretch, noise = kind[chosen], radius[chosen], stretch[chosen], noise[chosen]
-    is_box = (kind > 0.45) & (kind < 0.55)
-    first, second = (along[chosen] / (radius * stretch)).abs(), (beside[chosen] / (radius / stretch)).abs()
-    distance = torch.where(is_box, torch.maximum(first, second), torch.hypot(first, second))
-    distance = distance + torch.where(is_box, 0.0, roughness[chosen]) * noise
-    blob = ((1 - distance) * radius / softness[chosen] + 0.5).clamp(0, 1)
-    # Specks are the peaks of the noise within a blob, the highest of them at least.
-    specks = (kind > 0.55).flatten().nonzero().squeeze(1)
-    within, peaks = blob[specks], noise[specks]
-    highest = torch.where(within < 1, -4.0, peaks).amax(dim=(2, 3), keepdim=True)
-    blob[specks] = within * (4 * (peaks - highest + speck_height[chosen[specks]])).clamp(0, 1)
-    drawn[chosen] = blob
-    return drawn
+    return turned(across, down, draws.uniform(0, torch.pi))
 
 
-def fillings(images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
-    """What the defects of the chosen images (n,) show: (n, C, S, S). Each filling is computed where it is used only."""
-    filled = torch.empty_like(images[: len(chosen)])
-    kind = torch.bucketize(draws.uniform(0, 1).flatten(), images.new_tensor([0.25, 0.65, 0.85]))
-    for number in range(4):
-        places = (kind == number).nonzero().squeeze(1)
-        if not len(places):
-            continue
-        own, own_draws = images[chosen[places]], Draws(len(places), draws.generator)
-        if number == 0:
-            filled[places] = painted(own, own_draws)
-        elif number == 1:
-            filled[places] = relit(moved(own, images[chosen[places] - 1], own_draws), own, own_draws)
-        elif number == 2:
-            filled[places] = altered(own, own_draws)
-        else:
-            filled[places] = roughened(own, own_draws)
-    return filled
+def radii(draws: Draws, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in units of a random radius, stretched, and that radius in pixels."""
+    along, beside = axes(draws, size)
+    radius, stretch = draws.octaves(0.012 * size, 0.25 * size), draws.octaves(0.5, 2)
+    return along / (radius * stretch), beside / (radius / stretch), radius
+
+
+def inside(distance: Tensor, radius: Tensor, draws: Draws) -> Tensor:
+    """Where the distance from the centre, in units of the radius, is below one."""
+    return ((1 - distance) * (radius / draws.octaves(0.5, 6)) + 0.5).clamp_(0, 1)
+
+
+def turned(across: Tensor, down: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    return across * turn.cos() + down * turn.sin(), down * turn.cos() - across * turn.sin()
+
+
+# Fillings
+
+
+def fillings(images: Tensor, draws: Draws) -> Iterator[tuple[slice, Tensor]]:
+    """What a defect of each image shows: which of the images, and (n, C, S, S)."""
+    end = 0
+    for own, filler in zip(draws.parts(0.25, 0.4, 0.2, 0.15), (painted, pasted, altered, roughened), strict=True):
+        part = slice(end, end := end + own.count)
+        yield part, filler(images[part], own)
 
 
 def painted(images: Tensor, draws: Draws) -> Tensor:
@@ -173,49 +206,76 @@ def painted(images: Tensor, draws: Draws) -> Tensor:
     place = torch.randint(size * size, (count, 1, 1), generator=draws.generator, device=draws.device)
     own = images.flatten(2).gather(2, place.expand(count, channels, 1)).view(count, channels, 1, 1)
     colour = torch.where(draws.chance(0.3), own, colour)
-    return colour + draws.octaves(0.02, 1) * draws.noise(1, size, roughness=0.8)
+    return colour + draws.octaves(0.02, 1) * draws.shared().noise(1, size, roughness=0.8)
+
+
+def pasted(images: Tensor, draws: Draws) -> Tensor:
+    return relit(moved(images, images.roll(1, dims=0), draws), images, draws)
 
 
 def moved(images: Tensor, others: Tensor, draws: Draws) -> Tensor:
     """Cut and paste from elsewhere on the same part or on another one, turned and scaled; or the same place, warped."""
+    same, other, warp = (part.count for part in draws.parts(0.35, 0.35, 0.3))
+    jumping, warping = Draws(same + other, draws.generator), Draws(warp, draws.generator)
+    sources = torch.cat([images[:same], others[same : same + other]])
+    return torch.cat([jumped(sources, jumping), warped(images[same + other :], warping)])
+
+
+def jumped(images: Tensor, draws: Draws) -> Tensor:
+    scale, turn = draws.octaves(0.7, 1.4), draws.chance(0.5) * draws.uniform(-0.5, 0.5)
+    across, down = sides(images)
+    across, down = turned(scale * across, scale * down, turn)
+    return sampled(images, across + draws.uniform(-1, 1), down + draws.uniform(-1, 1))
+
+
+def warped(images: Tensor, draws: Draws) -> Tensor:
     size = images.shape[-1]
-    jump = draws.chance(0.7)
-    source = torch.where(jump & draws.chance(0.5), others, images)
-    scale = torch.where(jump, draws.octaves(0.7, 1.4), 1.0)
-    turn = torch.where(jump & draws.chance(0.5), draws.uniform(-0.5, 0.5), 0.0)
-    axis = (torch.arange(size, device=draws.device) + 0.5) * 2 / size - 1  # the corners are at -1 and 1
-    across, down = axis.view(1, 1, 1, size), axis.view(1, 1, size, 1)
-    warp = torch.where(jump, 0.0, draws.octaves(1, 8) * 2 / size) * draws.noise(2, size, roughness=0.4)
-    shift = torch.cat([draws.uniform(-1, 1), draws.uniform(-1, 1)], dim=1) * jump  # (B, 2, 1, 1)
-    turned = torch.cat([across * turn.cos() + down * turn.sin(), down * turn.cos() - across * turn.sin()], dim=1)
-    grid = (scale * turned + shift + warp).permute(0, 2, 3, 1)  # (B, S, S, 2)
-    return F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
+    warp = draws.octaves(1, 8) * 2 / size * draws.shared().noise(2, size, roughness=0.4)
+    across, down = sides(images)
+    return sampled(images, across + warp[:, :1], down + warp[:, 1:])
+
+
+def sides(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the columns are (1, 1, 1, S), and the rows (1, 1, S, 1). The images' corners are at -1 and 1."""
+    size = images.shape[-1]
+    side = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
+    return side.view(1, 1, 1, size), side.view(1, 1, size, 1)
+
+
+def sampled(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """What the images show at those places (B, 1, S, S), mirrored at their borders."""
+    grid = torch.cat([across, down], dim=1).permute(0, 2, 3, 1)  # (B, S, S, 2)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def relit(pasted: Tensor, images: Tensor, draws: Draws) -> Tensor:
     """Half of what is pasted takes on the light of the place that it comes to, and differs in texture alone: what
     Poisson blending does for Natural Synthetic Anomalies, by two averages."""
-    lit = draws.chance(0.5).flatten().nonzero().squeeze(1)
-    if len(lit):
-        pasted[lit] += shading(images[lit] - pasted[lit], 16)
-    return pasted
+    return pasted.addcmul_(draws.chance(0.5).float(), shading(images - pasted, 16))
 
 
 def altered(images: Tensor, draws: Draws) -> Tensor:
     """The same place, darker or brighter, with more or less contrast, perhaps grainy: stains, wear, uneven light."""
     size = images.shape[-1]
     sign = torch.where(draws.chance(0.5), 1.0, -1.0)
-    grain = torch.where(draws.chance(0.5), draws.normal(1, size, size), draws.noise(1, size, roughness=0.9))
-    grain = draws.chance(0.5) * draws.octaves(0.05, 0.5) * grain
-    return images * draws.uniform(0.6, 1.4) + sign * draws.octaves(0.1, 1) + grain
+    found = torch.addcmul(sign * draws.octaves(0.1, 1), images, draws.uniform(0.6, 1.4))
+    of_pixels, of_patches, _ = draws.parts(0.25, 0.25, 0.5)
+    begin, end = of_pixels.count, of_pixels.count + of_patches.count
+    found[:begin] += of_pixels.octaves(0.05, 0.5) * draws.shared().normal(1, size, size)
+    found[begin:end] += of_patches.octaves(0.05, 0.5) * draws.shared().noise(1, size, roughness=0.9)
+    return found
 
 
 def roughened(images: Tensor, draws: Draws) -> Tensor:
     """The same place, its texture worn away or deepened."""
-    light = shading(images, 8)
-    return light + torch.where(draws.chance(0.6), draws.uniform(0, 0.5), draws.uniform(1.7, 3)) * (images - light)
+    texture = torch.where(draws.chance(0.6), draws.uniform(0, 0.5), draws.uniform(1.7, 3))
+    return torch.lerp(shading(images, 8), images, texture)
 
 
 def shading(images: Tensor, cell: int) -> Tensor:
     """Images without what is finer than cells of so many pixels."""
-    return F.interpolate(F.avg_pool2d(images, cell), size=images.shape[-2:], mode="bilinear")
+    averages = F.avg_pool2d(images, cell)
+    # Bilinear interpolation as a product of matrices: on a CPU several times faster than F.interpolate.
+    identity = torch.eye(averages.shape[-1], device=images.device).unsqueeze(0)
+    columns = F.interpolate(identity, size=images.shape[-1], mode="linear")[0]
+    return columns.T @ averages @ columns
