@@ -46,7 +46,7 @@ VARIANTS = {
     "whole images instead of windows": ["crop=0", "batch_size=4"],
     # Over features.
     "without corruption in features": ["feature_corruption=0", "batch_size=8"],
-    "without corruption in pixels": ["feature_corruption=1"],
+    "without corruption in pixels, and so without the head": ["feature_corruption=1", "head_width=0"],
 }
 
 

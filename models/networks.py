@@ -166,8 +166,9 @@ class ImageDiscriminator(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """(images, reconstructions), each (B, C, H, W), and places (B, 2, H, W) -> one logit per pixel (B, 1, H, W): high
-    on a defect; and the features that they are made from, one (B, C, H / stride, W / stride) for each of `strides`.
+    """(images, reconstructions), each (B, C, H, W), and places (B, 2, H, W) -> one logit per pixel, or per place of a
+    backbone's features, (B, 1, H, W): high on a defect; and the features that they are made from, level by level, as
+    `strides` and `feature_widths` say.
 
     DRAEM's discriminative network (Zavrtanik et al., arXiv 2108.07610), a U-Net (Ronneberger et al., arXiv
     1505.04597), made small: it starts and ends at half the resolution, and adds its skip connections where the
@@ -177,7 +178,6 @@ class SegmentationHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.cell = config.cell
         # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter. A backbone's
         # features are few already.
         self.fold = 2 if config.cell == 1 else 1
@@ -219,8 +219,8 @@ class SegmentationHead(nn.Module):
         features = pyramid[-1]
         for finer, across, up in reversed(list(zip(pyramid, self.across, self.up, strict=False))):
             features = up(F.interpolate(across(features), scale_factor=2) + finer)
-        logits = F.pixel_shuffle(self.last(features), self.fold)
-        return enlarged(logits, self.cell), pyramid[1:]
+        logits: Tensor = F.pixel_shuffle(self.last(features), self.fold)
+        return logits, pyramid[1:]
 
 
 def enlarged(maps: Tensor, factor: int) -> Tensor:
@@ -306,8 +306,8 @@ class ScoringNetworks(nn.Module):
         return features
 
     def forward(self, seen: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-        """Codes (B, D, G, G), reconstructions like `seen`, the head's logits (B, 1, H, W) and its features, of what
-        `see` makes of standardised images.
+        """Codes (B, D, G, G), reconstructions like `seen`, the head's logits for each place of it and its features, of
+        what `see` makes of standardised images.
 
         places: (B or 1, 2, H, W), of `places_of`, where the pixels lie in the whole image.
 
@@ -342,7 +342,7 @@ class ScoringNetworks(nn.Module):
         """
         if logits is None:
             return []
-        maps = [logits]
+        maps = [enlarged(logits, self.config.cell)]
         for (stride, _), level, distance in zip(self._levels(), features, self.distances, strict=False):
             maps.append(enlarged(distance(level, *cells_of(window, stride)), stride))
         return maps

@@ -152,9 +152,11 @@ def test_a_learning_rate_that_is_too_large_diverges(healthy, discs):
 
 
 def test_a_discriminators_learning_rate_that_is_too_large_diverges(healthy, discs):
+    """Nearly without the penalty that holds it, so that it does on every machine: its last steps are chaotic."""
     recipe = replace(healthy, latent_loss="wgan-gp", latent_discriminator_norm="none")
     recipe = replace(recipe, image_loss="wgan-gp", image_discriminator_norm="group")
-    findings = watched(replace(recipe, discriminator_learning_rate=1.0, steps=30), discs)
+    recipe = replace(recipe, gradient_penalty_weight=1e-6, discriminator_learning_rate=1.0, steps=30)
+    findings = watched(recipe, discs)
     (found,) = [finding for finding in findings if finding.name == "diverging/latent_discriminator"]
     assert abs(found.figure) > 1000
 

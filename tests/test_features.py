@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.models import get_model
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.config import FEATURE_LAYERS, ModelConfig
@@ -43,8 +44,9 @@ def textures(count: int, size: int, *, channels: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("padding", ["torchvision", "tensorflow"])
 @pytest.mark.parametrize("name", FEATURE_LAYERS)
-def test_the_map_peaks_where_the_spot_is(name, padding):
+def test_the_map_peaks_where_the_spot_is(name, padding, monkeypatch):
     """Weights are random, and a single peak may be off: the median over places is what padding moves."""
+    monkeypatch.setattr("models.features.SPOTS", 12)
     images = textures(8, 128)
     features = Features(config_of(image_size=128, features=name, feature_padding=padding, feature_channels=64))
     features.locate(images)
@@ -140,6 +142,9 @@ def test_a_backbone_stays_in_eval_mode_and_learns_nothing():
     assert logits is not None
     (codes.mean() + reconstructions.square().mean() + logits.mean()).backward()
     assert not any(module.training for module in networks.features.modules())
+    copied = copy.deepcopy(networks).train().features
+    assert copied is not None
+    assert not any(module.training for module in copied.modules())
     assert all(parameter.grad is None for parameter in networks.features.parameters())
     for key, value in networks.features.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -154,6 +159,54 @@ def test_weights_of_the_same_network_are_taken():
     image = features._expected(textures(1, 64))
     expected = given.layer1(given.maxpool(given.relu(given.bn1(given.conv1(image)))))
     assert torch.allclose(features.network(image)["layer2"], given.layer2(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "efficientnet_b0"])
+def test_a_folded_backbone_answers_as_torchvisions(name):
+    """Batch norms that do something: with the statistics of a fresh network they would not."""
+    given = get_model(name, weights=None)
+    with torch.no_grad():
+        for _ in range(3):
+            given(torch.rand(8, 3, 64, 64))
+    config = config_of(features=name)
+    features, images = Features(config), textures(2, 64)
+    features.load(given.state_dict())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in features.modules())
+    expected = create_feature_extractor(given.eval(), config.layers)(features._expected(images))
+    for layer, answer in features.network(features._expected(images)).items():
+        assert torch.allclose(
+            answer, expected[layer], rtol=1e-3, atol=1e-4 * float(expected[layer].detach().abs().max())
+        )
+
+
+def test_tensorflows_padding_moves_what_a_strided_layer_sees():
+    """A convolution of 3 x 3 that answers to the middle of its window alone: of every second pixel, from the first one
+    with symmetric padding, from the second one with TensorFlow's."""
+    image = textures(1, 64)
+    for padding, start in (("torchvision", 0), ("tensorflow", 1)):
+        config = config_of(features="mobilenet_v2", feature_layers="features.0", feature_padding=padding)
+        features, given = Features(config), get_model("mobilenet_v2", weights=None)
+        first = given.features[0][0]
+        with torch.no_grad():
+            first.weight.zero_()[:, :, 1, 1] = 1
+        features.load(given.state_dict())
+        expected = features._expected(image)
+        answer = features.network(expected)["features.0"]
+        assert torch.allclose(answer[:, 0], expected[:, :, start::2, start::2].sum(dim=1).clamp(0, 6), atol=1e-3)
+
+
+def test_the_weights_that_another_one_holds_are_taken():
+    first, second = Features(config_of()), Features(config_of())
+    second.load(first.network.state_dict())
+    image = textures(1, 64)
+    assert torch.equal(first(image), second(image))
+
+
+@pytest.mark.gpu
+def test_weights_are_taken_to_where_the_features_are():
+    features = Features(config_of()).to("cuda")
+    features.load(get_model("resnet18", weights=None).state_dict())
+    assert features(textures(1, 64).to("cuda")).device.type == "cuda"
 
 
 def test_half_precision_weights_are_made_single():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.checkpoint import Checkpoint
 from models.graphs import SIZES, GraphedScorer
+from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 
 # What brings a constant to the device or a value from it, or makes a shape that depends on values.
@@ -41,7 +43,11 @@ def pixels_of(scorer: Scorer, count: int, *, seed: int = 0) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_what_the_device_computes_can_be_recorded(checkpoint: Checkpoint):
+@pytest.mark.parametrize("features", ["none", "resnet18"])
+def test_what_the_device_computes_can_be_recorded(checkpoint: Checkpoint, features):
+    if features != "none":
+        networks = ScoringNetworks(replace(checkpoint.config, features=features), Standardisation()).eval()
+        checkpoint = replace(checkpoint, networks=networks)
     scorer = checkpoint.scorer(torch.device("cpu"))
     pixels = pixels_of(scorer, 2)
     scorer.compute(pixels)  # as the warm-up does: constants are made once

@@ -389,13 +389,13 @@ def test_images_of_a_batch_differ_in_brightness_by_no_more_than_the_jitter(recip
     pixels = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(16, 3, 32, 32)
     recipe = replace(recipe, batch_size=16, jitter=0.2)
     state = TrainingState(recipe, pixels, device=CPU)
-    images, plain = _images(state, recipe)[0], state.networks.standardisation(pixels)
+    images, plain = _images(pixels, state, recipe), state.networks.standardisation(pixels)
     contrast = images.flatten(1).std(dim=1) / plain.flatten(1).std(dim=1)
     assert contrast.min() > 0.8 - 1e-4
     assert contrast.max() < 1.2 + 1e-4
     assert contrast.std() > 0.05
     assert images.flatten(1).mean(dim=1).std() > 0.03
-    assert torch.allclose(_images(state, replace(recipe, jitter=0.0))[0], plain)
+    assert torch.allclose(_images(pixels, state, replace(recipe, jitter=0.0)), plain)
 
 
 @pytest.mark.gpu

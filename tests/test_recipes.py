@@ -179,6 +179,7 @@ def test_a_large_image_needs_tiles():
         ("ssim_weight=0.5", "ssim_weight and gradient_weight are of images: over features allowed is 0"),
         ("crop=144", "crop is 144: allowed are over features multiples of 32"),
         ("feature_corruption=1.5", "feature_corruption is 1.5: allowed are 0 and, over features, up to 1"),
+        ("feature_corruption=1", "feature_corruption is 1.0: allowed are .* with a head less than 1"),
         ("latent=vector", "latent is 'vector': over features allowed is grid"),
     ],
 )

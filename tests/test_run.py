@@ -1,5 +1,6 @@
 """A run's folder: what it holds, and that no kill and no full disk loses more than the steps since the last state."""
 
+import hashlib
 import json
 import resource
 import shutil
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.models import get_model
 
 from models.checkpoint import load_checkpoint
 from models.errors import CheckpointError, DataError, TrainingDivergedError, TrainingError
@@ -168,6 +170,64 @@ def test_a_run_record_that_is_not_one_is_named(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(TrainingError, match="does not describe a run"):
         read_run(tmp_path)
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    """A file of weights, random ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(get_model("resnet18", weights=None).state_dict(), tmp_path / "resnet18.pth")
+    return tmp_path / "resnet18.pth"
+
+
+def run_over_features(data: Path, out: Path, weights: Path | None, *, resume: bool = False) -> Path:
+    changes = ["image_size=32", "features=resnet18", "width=8", "head_width=8", "latent_dim=4", "batch_size=4"]
+    recipe = load_recipe("features", [*changes, "alpha=0.2", "steps=2", "save_every=1"])
+    return train_folder(
+        data,
+        out,
+        recipe=recipe,
+        resume=resume,
+        device=torch.device("cpu"),
+        command="hazelnut train",
+        console=QUIET,
+        backbone_weights=weights,
+    )
+
+
+def test_a_run_over_features_resumes_without_the_file_of_weights(data, tmp_path, backbone):
+    checkpoint = run_over_features(data, tmp_path / "run", backbone)
+    written = weights(checkpoint)
+    kept = read_run(tmp_path / "run")
+    assert kept is not None
+    assert kept.backbone is not None
+    assert kept.backbone == load_checkpoint(checkpoint).origin["backbone"]
+    assert kept.backbone["sha256"] == hashlib.sha256(backbone.read_bytes()).hexdigest()
+    backbone.unlink()
+    assert weights(run_over_features(data, tmp_path / "run", None, resume=True)) == written
+
+
+def test_resuming_over_another_backbone_is_refused(data, tmp_path, backbone):
+    run_over_features(data, tmp_path / "run", backbone)
+    torch.save(get_model("resnet18", weights=None).state_dict(), backbone)
+    with pytest.raises(TrainingError, match="has a backbone with other weights"):
+        run_over_features(data, tmp_path / "run", backbone, resume=True)
+
+
+def test_weights_of_a_backbone_that_is_not_used_are_refused(data, tmp_path, recipe, backbone):
+    with pytest.raises(TrainingError, match="the recipe has features none"):
+        train_folder(
+            data,
+            tmp_path / "run",
+            recipe=recipe,
+            resume=False,
+            device=torch.device("cpu"),
+            command="hazelnut train",
+            console=QUIET,
+            backbone_weights=backbone,
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_training_image_is_refused(tmp_path, recipe):

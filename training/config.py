@@ -121,8 +121,10 @@ class Recipe:
         _check("alpha", self.alpha, 0 < self.alpha < 1, "more than 0, less than 1")
 
     def _check_features(self) -> None:
-        share = self.feature_corruption
-        _check("feature_corruption", share, 0 <= share <= (self.features != "none"), "0 and, over features, up to 1")
+        share, most = self.feature_corruption, 0.0 if self.features == "none" else 1.0
+        learns = not self.head_width or share < 1  # the head learns from defects in pixels alone
+        allowed = "0 and, over features, up to 1, with a head less than 1"
+        _check("feature_corruption", share, 0 <= share <= most and learns, allowed)
         if self.features != "none" and self.ssim_weight + self.gradient_weight:
             raise ConfigError("ssim_weight and gradient_weight are of images: over features allowed is 0.")
         _check("crop", self.crop, self.features == "none" or self.crop % 32 == 0, "over features multiples of 32")

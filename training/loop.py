@@ -104,7 +104,7 @@ class TrainingState:
             if backbone is not None:
                 self.networks.features.load(backbone)
             self.networks.features.locate(pixels[:SPOTS].float() / 255)
-            directions = directions_of(self.networks, pixels, self.autocast)
+            directions = directions_of(self.networks, pixels)
             self.networks.features.fit(directions)
         # The weights that score: an exponential moving average smooths what the adversaries stir up.
         self.averaged = copy.deepcopy(self.networks)
@@ -150,14 +150,11 @@ class TrainingState:
 
 
 @torch.no_grad()
-def directions_of(networks: ScoringNetworks, pixels: Tensor, autocast: torch.autocast) -> Tensor:
+def directions_of(networks: ScoringNetworks, pixels: Tensor) -> Tensor:
     """What the backbone says of images, uint8 (N, C, S, S), before it is standardised: float16 (N, F, S/8, S/8)."""
     assert networks.features is not None
-    found = []
-    for chunk in torch.split(pixels, FEATURE_BATCH):
-        with autocast:
-            found.append(networks.features.directions(chunk.float() / 255).half())
-    return torch.cat(found)
+    chunks = torch.split(pixels, FEATURE_BATCH)
+    return torch.cat([networks.features.directions(chunk.float() / 255).half() for chunk in chunks])
 
 
 def standardisation_of(pixels: Tensor) -> Standardisation:
@@ -308,13 +305,21 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
         loss = loss + recipe.image_weight * adversarial
         losses["image_adversarial"] = adversarial.detach()
     if logits is not None:
-        segmentation = segmentation_loss(logits.float(), masks)
+        # From defects in features the head would learn what a seam between them looks like, which no real defect has.
+        own = slice(int(recipe.feature_corruption * len(masks)), None)
+        segmentation = segmentation_loss(logits[own].float(), masks_of_cells(masks[own], state.networks.config.cell))
         loss = loss + recipe.head_weight * segmentation
         losses["segmentation"] = segmentation.detach()
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
     return losses
+
+
+def masks_of_cells(masks: Tensor, cell: int) -> Tensor:
+    """Masks (B, 1, H, W) -> (B, 1, H / cell, W / cell): a cell of which a quarter is a defect is one, or a crack would
+    be none."""
+    return masks if cell == 1 else (4 * F.avg_pool2d(masks, cell)).clamp(max=1)
 
 
 def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -324,36 +329,36 @@ def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tu
     quick: over features, draw all defects in these. What is done with them is training: the networks that see them are
     put into train mode, if the recipe says so.
     """
-    images, seen, places = _images(state, recipe)
+    pixels, places, directions = state.batches.next()
     state.networks.train(recipe.train_flag)
-    if state.networks.features is None:
+    features = state.networks.features
+    if features is None:
+        images = _images(pixels, state, recipe)
         damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
         return images, damaged, masks, places
-    count = len(images) if quick else round(recipe.feature_corruption * len(images))
+    count = len(pixels) if quick else int(recipe.feature_corruption * len(pixels))
+    if directions is None:
+        images = _images(pixels, state, recipe)
+        seen, images = state.networks.see(images), images[count:]
+    else:
+        seen, images = features.standardised(directions.float()), _images(pixels[count:], state, recipe)
     damaged, masks = corrupt_features(seen[:count], probability=recipe.corruption, generator=state.generator)
     masks = F.interpolate(masks, scale_factor=float(state.networks.config.cell))
-    if count < len(images):
-        pixels, own = corrupt(images[count:], probability=recipe.corruption, generator=state.generator)
-        with state.autocast:
-            damaged = torch.cat([damaged, state.networks.see(pixels)])
-        masks = torch.cat([masks, own])
+    if count < len(pixels):
+        images, own = corrupt(images, probability=recipe.corruption, generator=state.generator)
+        damaged, masks = torch.cat([damaged, state.networks.see(images)]), torch.cat([masks, own])
     return seen, damaged, masks, places
 
 
-def _images(state: TrainingState, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
-    """The next batch, standardised (B, C, W, W), what the networks see of it, and its places (B, 2, W, W).
+def _images(pixels: Tensor, state: TrainingState, recipe: Recipe) -> Tensor:
+    """Standardised images (B, C, W, W) of uint8 pixels.
 
-    Each image is a little brighter or darker, and of more or less contrast: a lamp that ages is no defect.
+    Each is a little brighter or darker, and of more or less contrast: a lamp that ages is no defect.
     """
-    pixels, places, directions = state.batches.next()
     images: Tensor = state.networks.standardisation(pixels)
     draws = 2 * torch.rand((2, len(images), 1, 1, 1), generator=state.generator, device=images.device) - 1
     images = images * (1 + recipe.jitter * draws[0]) + recipe.jitter / 2 * draws[1]
-    images = images.contiguous(memory_format=torch.channels_last)
-    if directions is not None and state.networks.features is not None:
-        return images, state.networks.features.standardised(directions.float()), places
-    with state.autocast:
-        return images, state.networks.see(images), places
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _fakes(codes: Tensor, reconstructions: Tensor, state: TrainingState) -> Tensor:
