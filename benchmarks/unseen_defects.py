@@ -68,10 +68,13 @@ FEATURES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "residual 1, logits 2 as they are": ((1, 2, 0), (0, 0, 0)),
     "residual and logits by place": ((0, 0, 0), (1, 1, 0)),
     "residual and logits in both views": ((1, 1, 0), (1, 1, 0)),
-    "the same, by place 1/2": ((1, 1, 0), (0.5, 0.5, 0)),
+    "residual and logits in both views, by place 1/2": ((1, 1, 0), (0.5, 0.5, 0)),
     "the same, and the distance by place 1/2": ((1, 1, 0), (0.5, 0.5, 0.5)),
-    "the same, and the distance by place 1": ((1, 1, 0), (0.5, 0.5, 1)),
-    "chosen": OF_FEATURES,
+    "residual in both views, logits as they are": ((1, 1, 0), (1, 0, 0)),
+    "residual in both views, by place 1/2, logits as they are (chosen)": OF_FEATURES,
+    "residual 2 and by place 1, logits 1": ((2, 1, 0), (1, 0, 0)),
+    "residual 2 and by place 2, logits 1": ((2, 1, 0), (2, 0, 0)),
+    "residual 2 and by place 1/2, logits 1": ((2, 1, 0), (0.5, 0, 0)),
 }
 
 

@@ -14,7 +14,7 @@ from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.config import FEATURE_LAYERS, ModelConfig
 from models.errors import ConfigError
 from models.features import Features, centred, starts
-from models.maps import smooth
+from models.maps import OF_FEATURES, OF_PIXELS, MapFusion, smooth
 from models.networks import ScoringNetworks, Standardisation, enlarged, places_of
 from models.scoring import in_tiles, outputs
 
@@ -42,8 +42,10 @@ def textures(count: int, size: int, *, channels: int = 3) -> Tensor:
 # Where they lie
 
 
-@pytest.mark.parametrize("padding", ["torchvision", "tensorflow"])
-@pytest.mark.parametrize("name", FEATURE_LAYERS)
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [*((name, "torchvision") for name in FEATURE_LAYERS), ("mobilenet_v2", "tensorflow"), ("resnet18", "tensorflow")],
+)
 def test_the_map_peaks_where_the_spot_is(name, padding, monkeypatch):
     """Weights are random, and a single peak may be off: the median over places is what padding moves."""
     monkeypatch.setattr("models.features.SPOTS", 12)
@@ -279,14 +281,12 @@ def test_a_checkpoint_carries_its_backbone(tmp_path, checkpoint: Checkpoint):
     assert networks.features is not None
     networks.features.locate(textures(4, 64))
     components = 1 + networks.evidence_maps
-    fusion = type(checkpoint.fusion)(
-        torch.zeros(components, 8, 8),
-        torch.ones(components, 8, 8),
-        torch.zeros(2 * components),
-        torch.ones(2 * components),
-    )
+    flat, ends = torch.zeros(components, 8, 8), torch.zeros(2 * components)
+    fusion = MapFusion(flat, flat + 1, ends, ends + 1, OF_FEATURES)
     saved = replace(checkpoint, networks=networks, fusion=fusion)
     save_checkpoint(tmp_path / "saved", saved)
     loaded = load_checkpoint(tmp_path / "saved")
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(outputs(loaded.networks, pixels).maps, outputs(networks, pixels).maps)
+    assert torch.equal(loaded.fusion.weights, fusion.weights)
+    assert not torch.equal(loaded.fusion.weights, MapFusion(flat, flat + 1, ends, ends + 1, OF_PIXELS).weights)
