@@ -186,11 +186,7 @@ def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
 
 
 def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, recipe: Recipe) -> tuple[float, ...]:
-    """How much each score counts: the square of how far its AUROC, of synthetic defects on these good images, is above
-    chance, so that a weak score adds little of its noise to a strong one.
-
-    Never less than 0.001: synthetic defects are not all defects, and no score is to be without a say.
-    """
+    """How much each score counts, by its AUROC of synthetic defects on these good images."""
     generator = torch.Generator(fusion.mean.device).manual_seed(recipe.seed)
     found: dict[bool, list[FloatArray]] = {False: [], True: []}
     for chunk in torch.split(pixels, SCORING_BATCH):
@@ -202,11 +198,23 @@ def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, 
             found[anomalous].append(table(found_outputs, fusion(found_outputs.maps)))
     good, bad = (np.concatenate(found[anomalous]) for anomalous in (False, True))
     labels = np.repeat([False, True], len(good))
-    above_chance = [
-        metrics.image_auroc(labels, np.concatenate([good[:, index], bad[:, index]])) - 0.5
-        for index in range(len(SCORE_NAMES))
-    ]
-    return tuple(max(share, 0.0) ** 2 + 0.001 for share in above_chance)
+    return weights_of(
+        [
+            metrics.image_auroc(labels, np.concatenate([good[:, index], bad[:, index]]))
+            for index in range(len(SCORE_NAMES))
+        ]
+    )
+
+
+def weights_of(aurocs: list[float]) -> tuple[float, ...]:
+    """How far each AUROC is above chance, as a share of the best of them, to the eighth power: a weak score would add
+    more of its noise to a strong one than it knows.
+
+    Plus 0.001: synthetic defects are not all defects, and no score is to be without a say.
+    """
+    above = [max(auroc - 0.5, 0.0) for auroc in aurocs]
+    best = max(*above, 1e-9)
+    return tuple((share / best) ** 8 + 0.001 for share in above)
 
 
 def recipe_of(out: Path) -> Recipe:
