@@ -5,6 +5,7 @@ teach. As in PatchCore (Roth et al., arXiv 2106.08265, section 3.1) features of 
 averaged over its neighbours; here they are rebuilt by an autoencoder instead of looked up.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import cast
 
@@ -129,7 +130,7 @@ def centred(maps: Tensor, start: Tensor, size: int) -> Tensor:
     return F.grid_sample(maps, places, padding_mode="border", align_corners=False)
 
 
-def starts(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def starts(network: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
     """Where the centre of each layer's first cell lies, across and down in pixels, (2,): measured by where the network
     answers to SPOTS small spots on images, what it expects, (N, 3, S, S).
 
@@ -148,11 +149,12 @@ def starts(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
         middle = torch.tensor(place, device=images.device) + (SPOT - 1) / 2
         for layer, answer in after.items():
             change = (answer - before[layer]).float().square().sum(dim=1)[0]  # (h, w)
+            change = change / change.max().clamp(min=1e-30)  # a network may answer weakly, or not at all
             # What a layer hears of the whole image lies everywhere.
             weight = (change - change.median()).clamp(min=0).square()
             cells = torch.arange(change.shape[-1], device=images.device, dtype=weight.dtype)
-            total = weight.sum().clamp(min=1e-12)  # a network may not answer at all
-            centre = torch.stack([(weight.sum(dim=0) * cells).sum(), (weight.sum(dim=1) * cells).sum()]) / total
+            centre = torch.stack([(weight.sum(dim=0) * cells).sum(), (weight.sum(dim=1) * cells).sum()])
+            centre = centre / weight.sum().clamp(min=1e-30)
             offsets.setdefault(layer, []).append(middle - centre * (size / change.shape[-1]))
     return {layer: torch.stack(found).median(dim=0).values for layer, found in offsets.items()}
 

@@ -77,6 +77,20 @@ def test_where_cells_lie_is_found_for_either_padding():
         assert (found["tensorflow"][layer] - tensorflow).abs().max() < 3
 
 
+def test_where_cells_lie_does_not_depend_on_how_strongly_they_answer():
+    """Weights may be small, and a network may be blind: then nothing is known, and nothing is not a number."""
+    images = 2 * textures(4, 64) - 1
+    blurred = torch.nn.Conv2d(3, 1, 5, stride=4, padding=2, bias=False)
+    found = []
+    for scale in (1.0, 1e-8, 0.0):
+        with torch.no_grad():
+            blurred.weight.fill_(scale)
+            found.append(starts(lambda image: {"blurred": blurred(image)}, images)["blurred"])
+    assert torch.allclose(found[0], torch.zeros(2), atol=0.5)
+    assert torch.allclose(found[1], found[0], atol=1e-3)
+    assert found[2].isfinite().all()
+
+
 @pytest.mark.parametrize(("stride", "start"), [(8, 0.0), (8, 3.5), (8, 7.0), (16, 0.0), (16, 15.0), (4, 1.5)])
 def test_centred_cells_hold_what_lies_at_their_centres(stride, start):
     """Maps that hold their own cells' places, across and down, hold the centres' afterwards, except at the border."""

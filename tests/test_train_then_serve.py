@@ -94,6 +94,7 @@ def test_the_scores_agree_over_http_from_the_command_line_and_in_the_library(dat
         assert raw.json()["results"][0]["scores"] == pytest.approx(result["scores"], abs=1e-4)
 
 
+@pytest.mark.parametrize("checkpoint", ["tiny"], indirect=True, scope="module")
 def test_the_service_is_ready_and_names_its_model(checkpoint, service):
     assert service.get("/health/ready").status_code == 200
     (model,) = service.get("/models").json()["models"]
@@ -102,6 +103,7 @@ def test_the_service_is_ready_and_names_its_model(checkpoint, service):
     assert "hazelnut_requests_total" in service.get("/metrics").text
 
 
+@pytest.mark.parametrize("checkpoint", ["tiny"], indirect=True, scope="module")
 def test_evaluation_writes_its_report_beside_the_checkpoint(data, checkpoint):
     result = subprocess.run(
         [*HAZELNUT, "evaluate", str(checkpoint), str(data)], check=True, capture_output=True, text=True
