@@ -33,7 +33,7 @@ class Features(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Raises ConfigError for a backbone or a layer that torchvision does not have, or that has no places."""
+        """Raises ConfigError for a backbone or a layer that torchvision does not have."""
         super().__init__()
         self.config = config
         self.network = _backbone(config, None)

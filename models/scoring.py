@@ -94,15 +94,15 @@ def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[T
     size, cell = images.shape[-1], networks.config.cell
     places = places_of(size, images.device).unsqueeze(0)
     cuts = windows(size, tile)
-    codes, shown, evidence = [], [], []
+    codes, seen, rebuilt, evidence = [], [], [], []
     for window in cuts:
-        seen = networks.see(images[..., *window])
-        code, reconstructions, logits, features = networks(seen, places[..., *window])
+        seen.append(networks.see(images[..., *window]))
+        code, reconstructions, logits, features = networks(seen[-1], places[..., *window])
         codes.append(code)
-        shown.append(torch.cat([seen, reconstructions], dim=1))
+        rebuilt.append(reconstructions)
         evidence.append(torch.cat([images[:, :0, *window], *networks.evidence(logits, features, window)], dim=1))
-    seen, reconstructions = stitched(shown, cuts, size, cell).chunk(2, dim=1)
-    return torch.cat(codes, dim=2), seen, reconstructions, stitched(evidence, cuts, size, 1)
+    whole_seen, whole_rebuilt = (stitched(pieces, cuts, size, cell) for pieces in (seen, rebuilt))
+    return torch.cat(codes, dim=2), whole_seen, whole_rebuilt, stitched(evidence, cuts, size, 1)
 
 
 def stitched(pieces: list[Tensor], cuts: list[tuple[slice, slice]], size: int, cell: int) -> Tensor:

@@ -43,9 +43,16 @@ def recipe() -> Recipe:
     return load_recipe("tiny", TINY)
 
 
-def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> Path:
+def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False, backbone_weights: Path | None = None) -> Path:
     return train_folder(
-        data, out, recipe=recipe, resume=resume, device=torch.device("cpu"), command="hazelnut train", console=QUIET
+        data,
+        out,
+        recipe=recipe,
+        resume=resume,
+        device=torch.device("cpu"),
+        command="hazelnut train",
+        console=QUIET,
+        backbone_weights=backbone_weights,
     )
 
 
@@ -190,16 +197,7 @@ def backbone(tmp_path: Path) -> Path:
 def run_over_features(data: Path, out: Path, weights: Path | None, *, resume: bool = False) -> Path:
     changes = ["image_size=32", "features=resnet18", "width=8", "head_width=8", "latent_dim=4", "batch_size=4"]
     recipe = load_recipe("features", [*changes, "alpha=0.2", "steps=2", "save_every=1"])
-    return train_folder(
-        data,
-        out,
-        recipe=recipe,
-        resume=resume,
-        device=torch.device("cpu"),
-        command="hazelnut train",
-        console=QUIET,
-        backbone_weights=weights,
-    )
+    return run(data, out, recipe, resume=resume, backbone_weights=weights)
 
 
 def test_a_run_over_features_resumes_without_the_file_of_weights(data, tmp_path, backbone):
@@ -223,16 +221,7 @@ def test_resuming_over_another_backbone_is_refused(data, tmp_path, backbone):
 
 def test_weights_of_a_backbone_that_is_not_used_are_refused(data, tmp_path, recipe, backbone):
     with pytest.raises(TrainingError, match="the recipe has features none"):
-        train_folder(
-            data,
-            tmp_path / "run",
-            recipe=recipe,
-            resume=False,
-            device=torch.device("cpu"),
-            command="hazelnut train",
-            console=QUIET,
-            backbone_weights=backbone,
-        )
+        run(data, tmp_path / "run", recipe, backbone_weights=backbone)
     assert not (tmp_path / "run").exists()
 
 

@@ -97,9 +97,6 @@ def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -
     return damaged, covered.gt_(0.02).mul_(changed)
 
 
-# Shapes
-
-
 def corrupt_features(features: Tensor, *, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The same in a backbone's features, (B, F, h, w), which need not be computed again: the features of another place,
     of the same image or of another one, or a shift of all features by chance. Masks: (B, 1, h, w).
@@ -122,6 +119,9 @@ def corrupt_features(features: Tensor, *, probability: float, generator: torch.G
             visible[chosen] = torch.maximum(visible[chosen], changed.float())
             features[chosen] = damaged
     return features, visible
+
+
+# Shapes
 
 
 def shapes(draws: Draws, size: int) -> Tensor:
