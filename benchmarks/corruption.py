@@ -30,7 +30,8 @@ from training.config import Recipe, load_recipe
 from training.corruption import VISIBLE, Draws, altered, corrupt, painted, pasted, roughened, shapes
 from training.data import load_images, read_dataset
 from training.demo import draw_part
-from training.loop import Batches, TrainingState, standardisation_of, train
+from training.loop import train
+from training.state import Batches, TrainingState, standardisation_of
 
 SHEET = Path("docs/images/corruption.png")
 RESULT = Path("docs/benchmarks/corruption.json")

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from benchmarks.results import write_results
 from benchmarks.speed import noise, scorer_of
+from models.config import CELL
 from models.features import Features
+from models.maps import enlarged, smooth
 from training.config import load_recipe
 
 RESULTS = Path("docs/benchmarks/search.json")
@@ -42,7 +44,7 @@ def main(recipe: Annotated[str, typer.Option(help="Name of a recipe over feature
     ways: dict[str, Callable[[], object]] = {
         f"Hazelnut, {chosen.image_size} pixels, to the verdict": lambda: scorer.score(pixels),
         f"its backbone alone, {chosen.image_size} pixels": lambda: features(pixels.float() / 255),
-        f"PatchCore, {SIDE} pixels, to the distances": lambda: nearest(features.directions(small), bank),
+        f"PatchCore, {SIDE} pixels, to the map": lambda: map_of(nearest(features.directions(small), bank)),
         f"its backbone alone, {SIDE} pixels": lambda: features.directions(small),
         "its search alone": lambda: nearest(found, bank),
     }
@@ -77,6 +79,12 @@ def nearest(features: Tensor, bank: Tensor) -> Tensor:
     flat = features.permute(0, 2, 3, 1).flatten(0, 2)
     distances = (2 - 2 * (flat @ bank.T).amax(dim=1)).clamp(min=0).sqrt()
     return distances.view(len(features), *features.shape[2:])
+
+
+def map_of(distances: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, h, w) in pixels, smoothed as the baseline's, and its peak."""
+    heights = smooth(enlarged(distances.unsqueeze(1), CELL), sigma=4)
+    return heights, heights.amax()
 
 
 def size_of(features: Features) -> int:

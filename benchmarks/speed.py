@@ -27,11 +27,12 @@ from benchmarks.results import write_results
 from models.calibration import Calibration
 from models.graphs import GraphedScorer
 from models.images import decode_image, image_tensor
-from models.maps import MapFusion
+from models.maps import MapFusion, fusion_weights
 from models.networks import ScoringNetworks, Standardisation, places_of
 from models.scoring import Scorer, choose_device
 from training.config import Recipe, load_recipe
-from training.loop import Batches, TrainingState, train
+from training.loop import train
+from training.state import Batches, TrainingState
 
 ROUNDS = 7
 
@@ -155,8 +156,9 @@ def scorer_of(recipe: Recipe, device: torch.device) -> Scorer:
     """From pixels to verdicts, in float32, as the service does."""
     networks = ScoringNetworks(recipe.model_config(), Standardisation()).eval().to(device)
     components = 1 + networks.evidence_maps
-    flat = torch.zeros(components, 64, 64)
-    fusion = MapFusion(flat, flat + 1, torch.zeros(2 * components), torch.ones(2 * components)).to(device)
+    flat, ends = torch.zeros(components, 32, 32), torch.zeros(2 * components)
+    config = networks.config
+    fusion = MapFusion(flat, flat + 1, ends, ends + 1, fusion_weights(config), config.cell).to(device)
     return Scorer(networks, fusion, Calibration(scores=np.random.default_rng(0).normal(size=(19, 3)), alpha=0.05))
 
 

@@ -54,27 +54,21 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "distances by place, residual 1/4 (chosen)": OF_PIXELS,
     "distances by place, residual 0": ((0, 1, 0, 0, 0), (0, 1, 0.5, 0.5, 0.5)),
 }
-# Over features there is one distance.
+# Over features there are no distances.
 FEATURES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "residual as it is": ((1, 0, 0), (0, 0, 0)),
-    "residual by place": ((0, 0, 0), (1, 0, 0)),
-    "logits as they are": ((0, 1, 0), (0, 0, 0)),
-    "logits by place": ((0, 0, 0), (0, 1, 0)),
-    "distance as it is": ((0, 0, 1), (0, 0, 0)),
-    "distance by place": ((0, 0, 0), (0, 0, 1)),
-    "everything alike": ((1, 1, 1), (1, 1, 1)),
-    "residual and logits as they are": ((1, 1, 0), (0, 0, 0)),
-    "residual 2, logits 1 as they are": ((2, 1, 0), (0, 0, 0)),
-    "residual 1, logits 2 as they are": ((1, 2, 0), (0, 0, 0)),
-    "residual and logits by place": ((0, 0, 0), (1, 1, 0)),
-    "residual and logits in both views": ((1, 1, 0), (1, 1, 0)),
-    "residual and logits in both views, by place 1/2": ((1, 1, 0), (0.5, 0.5, 0)),
-    "the same, and the distance by place 1/2": ((1, 1, 0), (0.5, 0.5, 0.5)),
-    "residual in both views, logits as they are": ((1, 1, 0), (1, 0, 0)),
-    "residual in both views, by place 1/2, logits as they are (chosen)": OF_FEATURES,
-    "residual 2 and by place 1, logits 1": ((2, 1, 0), (1, 0, 0)),
-    "residual 2 and by place 2, logits 1": ((2, 1, 0), (2, 0, 0)),
-    "residual 2 and by place 1/2, logits 1": ((2, 1, 0), (0.5, 0, 0)),
+    "residual as it is": ((1, 0), (0, 0)),
+    "residual by place": ((0, 0), (1, 0)),
+    "logits as they are": ((0, 1), (0, 0)),
+    "logits by place": ((0, 0), (0, 1)),
+    "residual and logits as they are": ((1, 1), (0, 0)),
+    "residual 3/2, logits 1 as they are (chosen)": OF_FEATURES,
+    "residual 2, logits 1 as they are": ((2, 1), (0, 0)),
+    "residual 1, logits 2 as they are": ((1, 2), (0, 0)),
+    "residual and logits by place": ((0, 0), (1, 1)),
+    "residual and logits in both views": ((1, 1), (1, 1)),
+    "residual by place, logits as they are": ((0, 1), (1, 0)),
+    "residual in both views, logits as they are": ((1, 1), (1, 0)),
+    "residual in both views, by place 1/2, logits as they are": ((1, 1), (0.5, 0)),
 }
 
 
@@ -198,8 +192,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
         levels = networks.standardisation.pixels(damaged)
         views = fusion.views(outputs(networks, levels).maps)
         for name, weights in compared.items():
-            weight = torch.tensor(weights).view(1, -1, 1, 1)
-            maps = (views * weight).sum(dim=1) / weight.sum()
+            maps = fusion.joined(views, torch.tensor(weights).view(1, -1, 1, 1))
             peaks[name].append(maps.flatten(1).amax(dim=1))
             pixels[name].append(maps[1:, ::PIXEL_STRIDE, ::PIXEL_STRIDE])
         change = F.avg_pool2d((damaged[1:] - image).square().mean(dim=1, keepdim=True), 5, stride=1, padding=2)[:, 0]
@@ -207,20 +200,22 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     masks = torch.stack(changed).numpy()  # (n, kinds, S / 4, S / 4)
     rows = []
     for name in compared:
-        peak, heights = torch.stack(peaks[name]).double().numpy(), torch.stack(pixels[name]).double().numpy()
+        peak, heights = torch.stack(peaks[name]).double().numpy(), torch.stack(pixels[name]).numpy()
         labels = np.repeat([False, True], len(peak))
         of_kinds = {
             kind: metrics.image_auroc(labels, np.concatenate([peak[:, 0], peak[:, index]]))
             for index, kind in enumerate(KINDS, start=1)
         }
-        pixel = [metrics.image_auroc(masks[:, index].ravel(), heights[:, index].ravel()) for index in range(len(KINDS))]
-        image_auroc = float(np.mean(list(of_kinds.values())))
+        pixel = [
+            metrics.pixel_statistics(list(heights[:, index]), list(masks[:, index])) for index in range(len(KINDS))
+        ]
         rows.append(
             {
                 "data": data.name,
                 "fusion": name,
-                "image AUROC": image_auroc,
-                "pixel AUROC": float(np.mean(pixel)),
+                "image AUROC": float(np.mean(list(of_kinds.values()))),
+                "pixel AUROC": float(np.mean([metrics.pixel_auroc(statistics) for statistics in pixel])),
+                "AUPRO@0.3": float(np.mean([metrics.aupro(statistics) for statistics in pixel])),
                 **of_kinds,
             }
         )
@@ -228,7 +223,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    figures = ["image AUROC", "pixel AUROC", *KINDS]
+    figures = ["image AUROC", "pixel AUROC", "AUPRO@0.3", *KINDS]
     lines = [["data", "fusion", *figures], ["---"] * (2 + len(figures))]
     lines += [[row["data"], row["fusion"], *(f"{row[figure]:.3f}" for figure in figures)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

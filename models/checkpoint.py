@@ -176,7 +176,7 @@ def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, M
     networks = ScoringNetworks(config, Standardisation())
     networks.load_state_dict(own)
     mean, deviation, low, high = (state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high"))
-    fusion = MapFusion(mean, deviation, low, high, fusion_weights(config))
+    fusion = MapFusion(mean, deviation, low, high, fusion_weights(config), config.cell)
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")
     # Of another number some broadcast: the scores would be wrong, and nothing would say so.

@@ -64,13 +64,13 @@ class ModelConfig:
         self._check_features()
 
     def _check_features(self) -> None:
-        if self.features != "none" and not self.feature_layers and self.features not in FEATURE_LAYERS:
+        if self.over_features and not self.feature_layers and self.features not in FEATURE_LAYERS:
             raise ConfigError(
                 f"features is {self.features!r}: without feature_layers allowed are none, {', '.join(FEATURE_LAYERS)}."
             )
-        if self.features == "none" and self.feature_layers:
+        if not self.over_features and self.feature_layers:
             raise ConfigError(f"feature_layers is {self.feature_layers!r}: of features none there are no layers.")
-        if self.features != "none" and self.latent == "vector":
+        if self.over_features and self.latent == "vector":
             raise ConfigError("latent is 'vector': over features allowed is grid.")
         if not 8 <= self.feature_channels <= 1024 or self.feature_channels % 8:
             raise ConfigError(
@@ -82,6 +82,11 @@ class ModelConfig:
             )
 
     @property
+    def over_features(self) -> bool:
+        """Whether the networks see a backbone's features instead of pixels."""
+        return self.features != "none"
+
+    @property
     def layers(self) -> list[str]:
         """Of the backbone; none for pixels."""
         names = self.feature_layers or FEATURE_LAYERS.get(self.features, "")
@@ -90,17 +95,17 @@ class ModelConfig:
     @property
     def multiple(self) -> int:
         """Of which image_size and tile have to be one: of the largest stride."""
-        return 16 if self.features == "none" else 32
+        return 32 if self.over_features else 16
 
     @property
     def cell(self) -> int:
         """Pixels on each side of what the autoencoder sees as one."""
-        return 1 if self.features == "none" else CELL
+        return CELL if self.over_features else 1
 
     @property
     def seen_channels(self) -> int:
         """Channels of what the autoencoder sees."""
-        return self.channels if self.features == "none" else self.feature_channels
+        return self.feature_channels if self.over_features else self.channels
 
     @property
     def side(self) -> int:
@@ -114,7 +119,7 @@ class ModelConfig:
         A grid stops at one code per 16 x 16 pixels, over features per 32 x 32. A vector goes on as DCGAN does, to a
         side of 4, or to where a side is odd, so that the last, full-size convolution stays small.
         """
-        stages = 4 if self.features == "none" else 2
+        stages = 2 if self.over_features else 4
         if self.latent == "vector":
             side = self.side // 16
             while side > 4 and side % 2 == 0:

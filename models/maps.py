@@ -5,6 +5,7 @@ that is never rebuilt or a screw that shines, is no anomaly there.
 """
 
 import math
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import NamedTuple
 
@@ -34,12 +35,12 @@ class Weights(NamedTuple):
 
 # Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py.
 OF_PIXELS = Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5))
-# Over features the head's logits find no more if compared by place: it knows the place.
-OF_FEATURES = Weights((1.0, 1.0, 0.0), (0.5, 0.0, 0.0))
+# Over features what is compared by place finds more images and fewer pixels of them: docs/features.md.
+OF_FEATURES = Weights((1.5, 1.0), (0.0, 0.0))
 
 
 def fusion_weights(config: ModelConfig) -> Weights:
-    return OF_PIXELS if config.features == "none" else OF_FEATURES
+    return OF_FEATURES if config.over_features else OF_PIXELS
 
 
 def gradient_magnitude_similarity(images: Tensor, others: Tensor) -> Tensor:
@@ -87,12 +88,20 @@ def residual_map(images: Tensor, reconstructions: Tensor) -> Tensor:
     return difference
 
 
-def component_maps(residual: Tensor, evidence: Tensor, *, sigma: float) -> Tensor:
-    """The residual (B, 1, S, S) and, if there is a head, the maps of its evidence (B, K - 1, S, S): (B, K, S, S).
+def unrounded() -> AbstractContextManager[None]:
+    """In which a GPU convolves in float32. TensorFloat-32 would make a score depend on which kernel the batch size
+    selects."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    return flags
 
-    Smoothed by a Gaussian of `sigma` pixels, because a defect is larger than a pixel and a mislaid edge is not.
-    """
-    return smooth(torch.cat([residual, evidence], dim=1), sigma=sigma)
+
+def enlarged(maps: Tensor, factor: int) -> Tensor:
+    """Maps (B, K, H, W) -> (B, K, factor H, factor W), each value at the centre of the square that it stands for."""
+    if factor == 1:
+        return maps
+    return F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def smooth(maps: Tensor, *, sigma: float) -> Tensor:
@@ -103,23 +112,40 @@ def smooth(maps: Tensor, *, sigma: float) -> Tensor:
     weights = weights / weights.sum()
     batch, components, *size = maps.shape
     flat = F.pad(maps.reshape(batch * components, 1, *size), (radius, radius, radius, radius), mode="replicate")
-    flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    with unrounded():
+        flat = F.conv2d(F.conv2d(flat, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
     return flat.reshape(batch, components, *size)
 
 
+@cache
+def _to_pixels(cells: int, cell: int, device: torch.device) -> Tensor:
+    """What `enlarged` and then `smooth`, by half a cell, make of a map along one of its axes: (cell cells, cells)."""
+    with torch.inference_mode(False), unrounded():
+        columns = torch.eye(cells, device=device).view(1, cells, cells, 1).expand(-1, -1, -1, cells)
+        return smooth(enlarged(columns, cell), sigma=cell / 2)[0, :, :, 0].T.contiguous()
+
+
 class MapFusion(nn.Module):
-    """Component maps (B, K, S, S) -> anomaly maps (B, S, S), not negative.
+    """Component maps (B, K, S / cell, S / cell) -> anomaly maps (B, S, S), not negative.
 
     Each component enters as it is and in deviations from the mean of good images at its place; each of these 2 K maps
     is scaled so that the quantiles LOW and HIGH of good pixels are 0 and 1. The anomaly map is the softplus of their
-    weighted mean: a smooth way to keep it from being negative that changes no order.
+    weighted mean: a smooth way to keep it from being negative that changes no order. What has a value for each cell of
+    pixels is brought to pixels last.
     """
 
     def __init__(
-        self, mean: Tensor, deviation: Tensor, low: Tensor, high: Tensor, weights: Weights = OF_PIXELS
+        self,
+        mean: Tensor,
+        deviation: Tensor,
+        low: Tensor,
+        high: Tensor,
+        weights: Weights = OF_PIXELS,
+        cell: int = 1,
     ) -> None:
         """mean, deviation: of good maps, by place, (K, G, G). low, high: (2 K,)."""
         super().__init__()
+        self.cell = cell
         self.mean: Tensor
         self.deviation: Tensor
         self.low: Tensor
@@ -131,10 +157,18 @@ class MapFusion(nn.Module):
         self.register_buffer("weights", both.view(1, -1, 1, 1), persistent=False)  # not of this product alone
 
     def forward(self, maps: Tensor) -> Tensor:
-        return F.softplus((self.views(maps) * self.weights).sum(dim=1) / self.weights.sum())
+        return self.joined(self.views(maps), self.weights)
+
+    def joined(self, views: Tensor, weights: Tensor) -> Tensor:
+        """Views (B, 2 K, S / cell, S / cell) by weights that broadcast with them."""
+        fused = F.softplus((views * weights).sum(dim=1) / weights.sum())
+        if self.cell == 1:
+            return fused
+        to_pixels = _to_pixels(fused.shape[-1], self.cell, fused.device)
+        return to_pixels @ fused @ to_pixels.T
 
     def views(self, maps: Tensor) -> Tensor:
-        """The 2 K scaled maps, (B, 2 K, S, S): first all components as they are."""
+        """The 2 K scaled maps, each like a component: first all as they are."""
         size = maps.shape[2:]
         mean, deviation = (
             F.interpolate(by_place.unsqueeze(0), size=size, mode="bilinear", align_corners=False)
@@ -148,12 +182,13 @@ class MapFusion(nn.Module):
 class GoodMaps:
     """What the fusion is made from: of n held-out good images, the moments of each cell of each component map."""
 
-    def __init__(self, weights: Weights = OF_PIXELS) -> None:
+    def __init__(self, weights: Weights = OF_PIXELS, cell: int = 1) -> None:
         self._weights = weights
+        self._cell = cell
         self._moments: list[Tensor] = []  # (B, 3, K, G, G): mean, mean square, the pixel in the middle
 
     def add(self, maps: Tensor) -> None:
-        """maps: (B, K, S, S)."""
+        """maps: (B, K, S / cell, S / cell)."""
         maps = maps.double()
         cells = min(CELLS, maps.shape[-1])
         mean, square = F.adaptive_avg_pool2d(maps, cells), F.adaptive_avg_pool2d(maps.square(), cells)
@@ -183,8 +218,8 @@ class GoodMaps:
         low, high = (torch.from_numpy(np.quantile(values, share, axis=1)) for share in (LOW, HIGH))
         # Maps of images that are all alike have no range. Relative too, so that float32 tells the ends apart.
         high = torch.maximum(high, low + 1e-6 * (1 + low.abs()))
-        whole = MapFusion(*_place(*(total / count)), low, high, self._weights)
-        return whole, [MapFusion(mean, deviation, low, high, self._weights) for mean, deviation in places]
+        whole = MapFusion(*_place(*(total / count)), low, high, self._weights, self._cell)
+        return whole, [MapFusion(mean, deviation, low, high, self._weights, self._cell) for mean, deviation in places]
 
 
 def _place(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

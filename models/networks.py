@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig, NormPosition
 from models.density import FeatureDistance
 from models.features import Features
-from models.maps import residual_map
+from models.maps import enlarged, residual_map
 
 
 class _ReplicatedBorders(torch.autograd.Function):
@@ -180,9 +180,11 @@ class SegmentationHead(nn.Module):
         super().__init__()
         # Each 2 x 2 pixels become channels: no detail is lost, and the widest maps shrink to a quarter. A backbone's
         # features are few already.
-        self.fold = 2 if config.cell == 1 else 1
+        fold = 2 if config.cell == 1 else 1
+        self.folded = nn.PixelUnshuffle(fold) if fold > 1 else nn.Identity()
+        self.unfolded = nn.PixelShuffle(fold) if fold > 1 else nn.Identity()
         widths = [config.head_width, *self.feature_widths(config)]
-        inputs = (2 * config.seen_channels + 2) * self.fold**2
+        inputs = (2 * config.seen_channels + 2) * fold**2
         norm = config.batch_norm
         # Each place of a backbone's features has seen its neighbours already, and they are many.
         kernel = 3 if config.cell == 1 else 1
@@ -195,7 +197,7 @@ class SegmentationHead(nn.Module):
         )
         self.across = nn.ModuleList(nn.Conv2d(coarse, fine, kernel_size=1) for fine, coarse in pairwise(widths))
         self.up = nn.ModuleList(nn.Sequential(*_convolution(fine, fine, norm)) for fine in widths[:-1])
-        self.last = nn.Conv2d(widths[0], self.fold**2, kernel_size=1)
+        self.last = nn.Conv2d(widths[0], fold**2, kernel_size=1)
         # Defects are rare: to begin with, one pixel in twenty.
         assert self.last.bias is not None
         nn.init.constant_(self.last.bias, -3.0)
@@ -212,22 +214,15 @@ class SegmentationHead(nn.Module):
 
     def forward(self, images: Tensor, reconstructions: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor]]:
         inputs = torch.cat([images, reconstructions, places.expand(len(images), -1, -1, -1)], dim=1)
-        features = self.first(F.pixel_unshuffle(inputs, self.fold))  # (B, w, H/2, W/2)
+        features = self.first(self.folded(inputs))  # (B, w, H/2, W/2)
         pyramid = [features]
         for down in self.down:
             pyramid.append(down(pyramid[-1]))
         features = pyramid[-1]
         for finer, across, up in reversed(list(zip(pyramid, self.across, self.up, strict=False))):
             features = up(F.interpolate(across(features), scale_factor=2) + finer)
-        logits: Tensor = F.pixel_shuffle(self.last(features), self.fold)
+        logits: Tensor = self.unfolded(self.last(features))
         return logits, pyramid[1:]
-
-
-def enlarged(maps: Tensor, factor: int) -> Tensor:
-    """Maps (B, K, H, W) -> (B, K, factor H, factor W), each value at the centre of the square that it stands for."""
-    if factor == 1:
-        return maps
-    return F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def _convolution(inputs: int, outputs: int, position: NormPosition, *, kernel: int = 3) -> list[nn.Module]:
@@ -279,15 +274,16 @@ class ScoringNetworks(nn.Module):
         super().__init__()
         self.config = config
         self.standardisation = standardisation
-        self.features = Features(config) if config.features != "none" else None
+        self.features = Features(config) if config.over_features else None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = SegmentationHead(config) if config.head_width else None
-        # With cells up to a sixteenth of what the networks see: larger ones say too little of where a defect is.
+        # With cells up to a sixteenth of what the networks see: larger ones say too little of where a defect is. None
+        # over features: their cells are large already.
         self.distances = nn.ModuleList(
             FeatureDistance(width, config.image_size // stride)
             for stride, width in self._levels()
-            if self.head and stride <= config.side // 16
+            if self.head and not config.over_features and stride <= config.side // 16
         )
         # Convolutions on CPUs and on tensor cores want the channels of a pixel side by side: a quarter less time.
         self.to(memory_format=torch.channels_last)
@@ -310,24 +306,31 @@ class ScoringNetworks(nn.Module):
         what `see` makes of standardised images.
 
         places: (B or 1, 2, H, W), of `places_of`, where the pixels lie in the whole image.
-
-        The head does not teach the autoencoder: it sees reconstructions, not how they were made.
         """
         seen = seen.contiguous(memory_format=torch.channels_last)
+        codes, reconstructions = self.rebuild(seen)
+        return codes, reconstructions, *self.mark(seen, reconstructions, places)
+
+    def rebuild(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder's part of `forward`."""
         codes = self.encoder(seen)
-        reconstructions = self.decoder(codes)
+        return codes, self.decoder(codes)
+
+    def mark(self, seen: Tensor, reconstructions: Tensor, places: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """The head's. It does not teach the autoencoder: it sees reconstructions, not how they were made."""
         if self.head is None:
-            return codes, reconstructions, None, []
+            return None, []
         if self.config.cell > 1:
             places = F.avg_pool2d(places, self.config.cell)
         logits, features = self.head(seen, reconstructions.detach(), places)
-        return codes, reconstructions, logits, features
+        return logits, features
 
     def residual(self, seen: Tensor, reconstructions: Tensor) -> Tensor:
-        """How badly each pixel is rebuilt, (B, 1, H, W): the residual map, or its features' mean squared error."""
+        """How badly each place is rebuilt, (B, 1, H, W): the residual map, or the root mean squared error of features,
+        whose few large values weigh no more in the fusion than those of the head's logits."""
         if self.features is None:
             return residual_map(seen, reconstructions)
-        return enlarged((seen - reconstructions).square().mean(dim=1, keepdim=True), self.config.cell)
+        return (seen - reconstructions).square().mean(dim=1, keepdim=True).sqrt()
 
     @property
     def evidence_maps(self) -> int:
@@ -335,14 +338,14 @@ class ScoringNetworks(nn.Module):
         return 1 + len(self.distances) if self.head else 0
 
     def evidence(self, logits: Tensor | None, features: list[Tensor], window: tuple[slice, slice]) -> list[Tensor]:
-        """What the head says of each pixel of a window, (B, 1, H, W) each: its logits and, level by level, how far its
-        features are from those of good images. Empty without a head.
+        """What the head says of each place of what is seen in a window, (B, 1, H, W) each: its logits and, level by
+        level, how far its features are from those of good images. Empty without a head.
 
         window: rows and columns of the whole image, at multiples of 16.
         """
         if logits is None:
             return []
-        maps = [enlarged(logits, self.config.cell)]
+        maps = [logits]
         for (stride, _), level, distance in zip(self._levels(), features, self.distances, strict=False):
             maps.append(enlarged(distance(level, *cells_of(window, stride)), stride))
         return maps

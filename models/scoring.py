@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.errors import ConfigError
-from models.maps import MapFusion, component_maps
+from models.maps import MapFusion, smooth, unrounded
 from models.networks import ScoringNetworks, cells_of, places_of
 
 MapArray = NDArray[np.float32]
@@ -48,7 +48,7 @@ class Outputs:
     # (B,) mean squared error per pixel and channel, of intensities in [0, 1]; of features, whose mean square is 1
     reconstruction: Tensor
     latent: Tensor  # (B,) nats per latent dimension
-    maps: Tensor  # (B, K, S, S) component maps
+    maps: Tensor  # (B, K, S, S) component maps; over features (B, K, S/8, S/8)
     # Intensities (B, C, S, S), in [0, 1] or a little outside; or features (B, F, S/8, S/8)
     reconstructions: Tensor
 
@@ -62,12 +62,13 @@ def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
     if any(module.training for module in networks.modules()):
         raise ValueError("scoring needs networks in eval mode.")
     side = networks.config.side
-    # TensorFloat-32 would make a score depend on which kernel the batch size selects.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with unrounded():
         images = networks.standardisation(pixels.to(next(networks.parameters()).device))
         codes, seen, reconstructions, evidence = in_tiles(networks, images, tile=side)
-        maps = component_maps(networks.residual(seen, reconstructions), evidence, sigma=side / 64)
+        maps = torch.cat([networks.residual(seen, reconstructions), evidence], dim=1)
     if networks.features is None:
+        # A defect is larger than a pixel, and a mislaid edge is not. What features say is smooth.
+        maps = smooth(maps, sigma=side / 64)
         seen, reconstructions = map(networks.standardisation.intensities, (seen, reconstructions))
     return Outputs(
         reconstruction=(seen - reconstructions).square().flatten(1).mean(dim=1),
@@ -89,8 +90,8 @@ def _step(tile: int) -> int:
 
 
 def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, what was seen, its reconstructions and the evidence (B, E, S, S) of images (B, C, S, S), stitched from
-    windows. Codes of all windows are one below the other, (B, D, T G, G)."""
+    """Codes, what was seen, its reconstructions and the evidence (B, E, S / cell, S / cell) of images (B, C, S, S),
+    stitched from windows. Codes of all windows are one below the other, (B, D, T G, G)."""
     size, cell = images.shape[-1], networks.config.cell
     places = places_of(size, images.device).unsqueeze(0)
     cuts = windows(size, tile)
@@ -100,9 +101,9 @@ def in_tiles(networks: ScoringNetworks, images: Tensor, *, tile: int) -> tuple[T
         code, reconstructions, logits, features = networks(seen[-1], places[..., *window])
         codes.append(code)
         rebuilt.append(reconstructions)
-        evidence.append(torch.cat([images[:, :0, *window], *networks.evidence(logits, features, window)], dim=1))
-    whole_seen, whole_rebuilt = (stitched(pieces, cuts, size, cell) for pieces in (seen, rebuilt))
-    return torch.cat(codes, dim=2), whole_seen, whole_rebuilt, stitched(evidence, cuts, size, 1)
+        evidence.append(torch.cat([seen[-1][:, :0], *networks.evidence(logits, features, window)], dim=1))
+    whole = [stitched(pieces, cuts, size, cell) for pieces in (seen, rebuilt, evidence)]
+    return torch.cat(codes, dim=2), whole[0], whole[1], whole[2]
 
 
 def stitched(pieces: list[Tensor], cuts: list[tuple[slice, slice]], size: int, cell: int) -> Tensor:

@@ -19,8 +19,8 @@ from service.telemetry import Telemetry, route_template
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 REQUEST_ID_HEADER = "X-Request-ID"
-# Where there may be no route in the scope: the framework's own pages, and what is refused before there is one.
-PAGES = frozenset({"/docs", "/openapi.json", SCORE_PATH})
+# Where there may be no route in the scope: the framework's own page, and what is refused before there is one.
+PAGES = frozenset({"/openapi.json", SCORE_PATH})
 
 
 class RequestMiddleware:

@@ -18,7 +18,8 @@ from training.diagnostics import (
     judgement,
     measure,
 )
-from training.loop import TrainingState, train
+from training.loop import train
+from training.state import TrainingState
 
 CPU = torch.device("cpu")
 SMALL = ["image_size=32", "latent_dim=4", "batch_size=8", "steps=60"]

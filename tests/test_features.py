@@ -14,9 +14,10 @@ from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.config import FEATURE_LAYERS, ModelConfig
 from models.errors import ConfigError
 from models.features import Features, centred, starts
-from models.maps import OF_FEATURES, OF_PIXELS, MapFusion, smooth
-from models.networks import ScoringNetworks, Standardisation, enlarged, places_of
+from models.maps import OF_FEATURES, OF_PIXELS, MapFusion, enlarged, smooth
+from models.networks import ScoringNetworks, Standardisation, places_of
 from models.scoring import in_tiles, outputs
+from training.run import good_maps
 
 CPU = torch.device("cpu")
 
@@ -271,10 +272,15 @@ def test_a_config_over_features_that_does_not_go_is_refused(fields, message):
 # Scores
 
 
-def test_outputs_over_features_are_maps_of_the_image():
+def test_outputs_over_features_are_of_cells_and_the_anomaly_map_of_pixels():
     networks = ScoringNetworks(config_of(), Standardisation()).eval()
     found = outputs(networks, torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
-    assert found.maps.shape == (2, 1 + networks.evidence_maps, 64, 64)
+    assert found.maps.shape == (2, 1 + networks.evidence_maps, 8, 8)
+    fusion, fusions_of_the_others = good_maps(
+        networks, torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    ).fusions()
+    for one in (fusion, fusions_of_the_others[0]):
+        assert one(found.maps).shape == (2, 64, 64)
     assert found.reconstructions.shape == (2, 16, 8, 8)
     assert found.maps.isfinite().all()
 
@@ -296,11 +302,13 @@ def test_a_checkpoint_carries_its_backbone(tmp_path, checkpoint: Checkpoint):
     networks.features.locate(textures(4, 64))
     components = 1 + networks.evidence_maps
     flat, ends = torch.zeros(components, 8, 8), torch.zeros(2 * components)
-    fusion = MapFusion(flat, flat + 1, ends, ends + 1, OF_FEATURES)
+    fusion = MapFusion(flat, flat + 1, ends, ends + 1, OF_FEATURES, cell=8)
     saved = replace(checkpoint, networks=networks, fusion=fusion)
     save_checkpoint(tmp_path / "saved", saved)
     loaded = load_checkpoint(tmp_path / "saved")
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    assert torch.equal(outputs(loaded.networks, pixels).maps, outputs(networks, pixels).maps)
+    found = outputs(networks, pixels)
+    assert torch.equal(outputs(loaded.networks, pixels).maps, found.maps)
     assert torch.equal(loaded.fusion.weights, fusion.weights)
+    assert torch.equal(loaded.fusion(found.maps), fusion(found.maps))
     assert not torch.equal(loaded.fusion.weights, MapFusion(flat, flat + 1, ends, ends + 1, OF_PIXELS).weights)

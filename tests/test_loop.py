@@ -14,17 +14,15 @@ from models.scoring import outputs
 from training.config import Recipe, load_recipe
 from training.corruption import corrupt
 from training.loop import (
-    Batches,
-    TrainingState,
-    _images,
+    _jittered,
     autoencoder_step,
     image_discriminator_step,
     latent_discriminator_step,
     scoring_networks,
     set_learning_rates,
-    standardisation_of,
     train,
 )
+from training.state import Batches, TrainingState, standardisation_of
 
 CPU = torch.device("cpu")
 
@@ -386,16 +384,29 @@ def test_batches_of_windows_are_cut_anywhere_from_their_image():
 
 
 def test_images_of_a_batch_differ_in_brightness_by_no_more_than_the_jitter(recipe):
-    pixels = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(16, 3, 32, 32)
-    recipe = replace(recipe, batch_size=16, jitter=0.2)
-    state = TrainingState(recipe, pixels, device=CPU)
-    images, plain = _images(pixels, state, recipe), state.networks.standardisation(pixels)
+    plain = torch.randn(1, 3, 32, 32).expand(16, 3, 32, 32)
+    recipe = replace(recipe, jitter=0.2)
+    images, same = _jittered([plain, plain], recipe, torch.Generator().manual_seed(0))
+    assert torch.equal(images, same)
     contrast = images.flatten(1).std(dim=1) / plain.flatten(1).std(dim=1)
     assert contrast.min() > 0.8 - 1e-4
     assert contrast.max() < 1.2 + 1e-4
     assert contrast.std() > 0.05
     assert images.flatten(1).mean(dim=1).std() > 0.03
-    assert torch.allclose(_images(pixels, state, replace(recipe, jitter=0.0)), plain)
+    # All channels of an image alike: colours keep their hue.
+    of_channels = images.flatten(2).std(dim=2) / plain.flatten(2).std(dim=2)
+    assert torch.allclose(of_channels, of_channels[:, :1].expand(-1, 3), atol=1e-5)
+    assert torch.equal(_jittered([plain], replace(recipe, jitter=0.0), torch.Generator())[0], plain)
+
+
+def test_the_channels_of_features_differ_each_by_itself():
+    recipe = load_recipe("features", ["jitter=0.3"])
+    plain = torch.randn(4, 16, 8, 8)
+    (features,) = _jittered([plain], recipe, torch.Generator().manual_seed(0))
+    contrast = features.flatten(2).std(dim=2) / plain.flatten(2).std(dim=2)  # (4, 16)
+    assert contrast.std(dim=1).min() > 0.05
+    assert contrast.min() > 0.7 - 1e-4
+    assert contrast.max() < 1.3 + 1e-4
 
 
 @pytest.mark.gpu

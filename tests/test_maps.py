@@ -17,7 +17,7 @@ from models.maps import (
     LOW,
     GoodMaps,
     MapFusion,
-    component_maps,
+    enlarged,
     gradient_magnitude_similarity,
     residual_map,
     smooth,
@@ -189,18 +189,6 @@ def test_smooth_keeps_the_sum_of_a_map_that_is_quiet_at_the_borders():
     assert int(smoothed.argmax()) == 12 * 32 + 17
 
 
-def test_component_maps_are_the_smoothed_residual_and_the_smoothed_evidence():
-    plain, evidence = residual_map(images_of(2), images_of(2, seed=1)), maps_of(2, components=4)
-    residual = smooth(plain, sigma=1.5)
-    without_head = component_maps(plain, evidence[:, :0], sigma=1.5)
-    assert without_head.shape == (2, 1, 32, 32)
-    assert torch.equal(without_head, residual)
-    with_head = component_maps(plain, evidence, sigma=1.5)
-    assert with_head.shape == (2, 5, 32, 32)
-    assert torch.allclose(with_head[:, :1], residual, atol=1e-6)
-    assert torch.allclose(with_head[:, 1:], smooth(evidence, sigma=1.5), atol=1e-6)
-
-
 # Fusion
 
 
@@ -247,6 +235,27 @@ def test_fusion_scales_each_view_from_low_to_high():
     mean = (scaled[0] + 4 * scaled[1] + scaled[2] + 4 * scaled[3]) / 10
     expected = math.log1p(math.exp(mean))
     assert torch.allclose(fusion(maps), torch.full((1, 32, 32), expected))
+
+
+@pytest.mark.parametrize("cell", [2, 8])
+def test_maps_of_cells_are_fused_as_any_and_then_brought_to_pixels(cell):
+    generator = torch.Generator().manual_seed(0)
+    mean, deviation = torch.rand((2, 3, 8, 8), generator=generator)
+    low, high = torch.zeros(6), torch.ones(6)
+    maps = maps_of(2, components=3, size=8)
+    fused = MapFusion(mean, 1 + deviation, low, high)(maps)
+    in_pixels = MapFusion(mean, 1 + deviation, low, high, cell=cell)(maps)
+    assert in_pixels.shape == (2, 8 * cell, 8 * cell)
+    assert torch.allclose(in_pixels, smooth(enlarged(fused[:, None], cell), sigma=cell / 2)[:, 0], atol=1e-6)
+
+
+def test_a_defect_between_two_cells_is_found_between_them():
+    maps = torch.zeros(1, 1, 8, 8)
+    maps[0, 0, 3, 4:6] = 20
+    fusion = MapFusion(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), torch.zeros(2), torch.ones(2), cell=8)
+    row, column = divmod(int(fusion(maps)[0].argmax()), 64)
+    assert row in (27, 28)  # the middle of the cell
+    assert column in (39, 40)  # the border of the two
 
 
 def test_a_distance_counts_only_as_compared_with_its_place():

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from training.config import Recipe, load_recipe
-from training.loop import TrainingState, scoring_networks
+from training.loop import scoring_networks
 from training.pictures import (
     COLUMNS,
     GAP,
@@ -22,7 +22,9 @@ from training.pictures import (
     grid,
     heat,
     is_drawn,
+    recipe_line,
 )
+from training.state import TrainingState
 
 CPU = torch.device("cpu")
 
@@ -47,6 +49,11 @@ def test_pictures_are_drawn_at_doubling_steps_and_the_last(recipe):
     recipe = replace(recipe, steps=1500)
     assert [step for step in range(1, 1501) if is_drawn(step, recipe)] == [50, 100, 200, 400, 800, 1500]
     assert [step for step in range(1, 13) if is_drawn(step, replace(recipe, steps=12))] == [12]
+
+
+def test_the_title_says_what_the_networks_see(recipe):
+    assert recipe_line(recipe) == "32 pixels, latent bce, image bce, batch norm before"
+    assert recipe_line(load_recipe("features", [])).startswith("256 pixels, mobilenet_v2, latent wgan-gp,")
 
 
 def test_a_grid_holds_its_images_where_they_belong_beside_their_labels():

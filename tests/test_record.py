@@ -15,8 +15,9 @@ from torch import Tensor
 from training import record
 from training.config import Recipe, load_recipe
 from training.diagnostics import fixed_images, measure
-from training.loop import TrainingState, scoring_networks, train
+from training.loop import scoring_networks, train
 from training.record import Record
+from training.state import TrainingState
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)

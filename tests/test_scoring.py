@@ -17,7 +17,7 @@ from models.calibration import SCORE_NAMES
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.errors import ConfigError
-from models.maps import MapFusion, component_maps
+from models.maps import MapFusion, smooth
 from models.networks import ScoringNetworks, Standardisation, places_of
 from models.scoring import (
     Region,
@@ -338,7 +338,7 @@ def test_maps_are_smoothed_by_what_the_networks_see_at_once(size, tile, sigma):
     pixels = pixels_of(1, size=size)
     images = networks.standardisation(pixels)
     _, seen, reconstructions, evidence = in_tiles(networks, images, tile=tile or size)
-    expected = component_maps(networks.residual(seen, reconstructions), evidence, sigma=sigma)
+    expected = smooth(torch.cat([networks.residual(seen, reconstructions), evidence], dim=1), sigma=sigma)
     assert torch.allclose(outputs(networks, pixels).maps, expected, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from service.pages import FOLDER
+from service.pages import FOLDER, HEADERS
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.name for path in FOLDER.iterdir())
@@ -46,6 +46,22 @@ def test_every_file_of_the_page_comes_with_its_type_and_the_policy(client):
             assert policy[nothing] == "'none'"
         for own in ("script-src", "style-src", "connect-src"):
             assert policy[own] == "'self'"
+
+
+def test_the_page_of_the_api_asks_nothing_of_any_address_but_the_services(client):
+    """FastAPI's own would load its scripts from a public server: in a plant it would stay white."""
+    response = client.get("/docs")
+    assert response.status_code == 200
+    assert response.headers["Content-Security-Policy"] == HEADERS["Content-Security-Policy"]
+    asked = [
+        element["src" if tag == "script" else "href"]
+        for tag, element in Elements(response.text).found
+        if tag in ("script", "link", "a")
+    ]
+    assert {"web/swagger-ui-bundle.js", "web/swagger-ui.css", "openapi.json"} <= set(asked)
+    for address in asked:
+        assert client.get(f"/{address}").status_code == 200
+    assert len(client.get("/web/swagger-ui-bundle.js").content) > 1_000_000
 
 
 def test_a_file_that_is_none_of_the_pages_is_not_found(client):

@@ -121,18 +121,23 @@ class Recipe:
         _check("alpha", self.alpha, 0 < self.alpha < 1, "more than 0, less than 1")
 
     def _check_features(self) -> None:
-        share, most = self.feature_corruption, 0.0 if self.features == "none" else 1.0
+        share, most = self.feature_corruption, 1.0 if self.over_features else 0.0
         learns = not self.head_width or share < 1  # the head learns from defects in pixels alone
         allowed = "0 and, over features, up to 1, with a head less than 1"
         _check("feature_corruption", share, 0 <= share <= most and learns, allowed)
-        if self.features != "none" and self.ssim_weight + self.gradient_weight:
+        if self.over_features and self.ssim_weight + self.gradient_weight:
             raise ConfigError("ssim_weight and gradient_weight are of images: over features allowed is 0.")
-        _check("crop", self.crop, self.features == "none" or self.crop % 32 == 0, "over features multiples of 32")
+        _check("crop", self.crop, not self.over_features or self.crop % 32 == 0, "over features multiples of 32")
+
+    @property
+    def over_features(self) -> bool:
+        """Whether the networks see a backbone's features instead of pixels."""
+        return self.features != "none"
 
     @property
     def caches_features(self) -> bool:
-        """Whether training shows each image as it is, so that its features are computed once."""
-        return self.features != "none" and not self.jitter and self.window == self.image_size
+        """Whether training shows whole images, so that their features are computed once."""
+        return self.over_features and self.window == self.image_size
 
     @property
     def window(self) -> int:

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from training.config import Recipe
 from training.fidelity import sharpness_ratio, variety_ratio
-from training.loop import Batches, TrainingState
+from training.state import Batches, TrainingState
 
 LOG_EVERY = 10  # steps between two lines of log.jsonl
 DIAGNOSE_EVERY = 50  # steps between two lines with measurements

@@ -12,9 +12,10 @@ from rich.console import Console
 from models.networks import parameter_count
 from training.config import Recipe
 from training.data import load_images, read_dataset
-from training.loop import TrainingState, train
+from training.loop import train
 from training.progress import peak_memory_bytes
 from training.run import split_images
+from training.state import TrainingState
 
 STEPS = 4
 SAMPLE = 64  # images that are read for it

@@ -59,7 +59,6 @@ def find_images(paths: list[Path]) -> list[Path]:
 def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | FailedImage]:
     """Score files batch by batch, in their order. A file that cannot be read is a FailedImage."""
     config = scorer.config
-    over_features = config.features != "none"
 
     def read(path: Path) -> tuple[Image.Image, Tensor] | FailedImage:
         try:
@@ -90,7 +89,7 @@ def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | Fa
                     p_value=float(scores.p_value[index]),
                     anomaly_map=scores.maps[index],
                     pixels=item[1],
-                    reconstruction=None if over_features else scores.reconstructions[index].cpu(),
+                    reconstruction=None if config.over_features else scores.reconstructions[index].cpu(),
                 )
                 index += 1
 

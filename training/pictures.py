@@ -14,7 +14,7 @@ from models.overlay import HEAT
 from training.config import Recipe
 from training.corruption import corrupt
 from training.diagnostics import as_in_training, fixed_draws, fixed_images
-from training.loop import TrainingState
+from training.state import TrainingState
 
 FIRST = 50  # steps; then at twice as many, and so on
 COLUMNS = 8
@@ -136,7 +136,8 @@ def grid(title: str, rows: list[tuple[str, Tensor]]) -> Image.Image:
 def recipe_line(recipe: Recipe) -> str:
     """What tells runs apart that are looked at side by side."""
     latent, image = recipe.latent_loss, recipe.image_loss
-    return f"{recipe.image_size} pixels, latent {latent}, image {image}, batch norm {recipe.batch_norm}"
+    seen = f", {recipe.features}" if recipe.over_features else ""
+    return f"{recipe.image_size} pixels{seen}, latent {latent}, image {image}, batch norm {recipe.batch_norm}"
 
 
 def _as_picture(image: Tensor) -> Image.Image:

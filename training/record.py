@@ -17,7 +17,7 @@ from models.networks import ScoringNetworks
 from training import pictures
 from training.config import Recipe
 from training.diagnostics import DIAGNOSE_EVERY, IMAGES, LOG_EVERY, Finding, Watch, fixed_images, measure
-from training.loop import TrainingState
+from training.state import TrainingState
 
 
 class Record:

@@ -30,10 +30,11 @@ from training.backbone import Backbone, load_backbone
 from training.config import Recipe, recipe_from_dict
 from training.corruption import corrupt
 from training.data import Dataset, load_images, read_dataset
-from training.loop import TrainingState, scoring_networks, train
+from training.loop import scoring_networks, train
 from training.progress import progress_bar
 from training.record import Record
 from training.split import Split, split_good_images
+from training.state import TrainingState
 
 CHECKPOINT = "checkpoint"
 SCORING_BATCH = 32
@@ -67,13 +68,13 @@ def train_folder(
     backbone_weights: see training.backbone. Returns the checkpoint's folder. Raises TrainingError if `out` holds
     another run, or one and not `resume`; DataError for images that do not do.
     """
-    if backbone_weights and recipe.features == "none":
+    if backbone_weights and not recipe.over_features:
         raise TrainingError(f"--backbone-weights is {backbone_weights}: the recipe has features none, no backbone.")
     split = split_images(read_dataset(data), recipe)
     before = read_run(out)
     saved = _read_state(out / "state.pt") if before and resume else None
     backbone = None
-    if recipe.features != "none":
+    if recipe.over_features:
         if before and saved and not backbone_weights:
             backbone = _kept_backbone(before, saved)
         else:
@@ -179,7 +180,7 @@ def calibrate(
 
 def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
     """What the fusion is made from, of good images uint8 (N, C, S, S)."""
-    good = GoodMaps(fusion_weights(networks.config))
+    good = GoodMaps(fusion_weights(networks.config), networks.config.cell)
     for chunk in torch.split(held_out, SCORING_BATCH):
         good.add(outputs(networks, chunk).maps)
     return good

@@ -84,4 +84,4 @@ def open_page(chromium: Browser, service: str) -> Iterator[Callable[..., Page]]:
 
 
 def is_own(url: str, address: str) -> bool:
-    return url.startswith((f"{address}/", f"blob:{address}/"))
+    return url.startswith((f"{address}/", f"blob:{address}/", "data:"))

@@ -333,6 +333,16 @@ def test_a_file_that_is_too_large_is_refused_in_the_services_words(open_page, tm
     expect(page.locator("#detail-error")).to_have_text(re.compile(r"the body is too large: .*\(body_too_large\)"))
 
 
+def test_the_page_of_the_api_tries_a_request(open_page):
+    page = open_page()
+    page.get_by_role("link", name="API").click()
+    expect(page.get_by_role("heading", name="Hazelnut")).to_be_visible()
+    page.locator("#operations-default-score_score_post").wait_for()
+    page.get_by_role("button", name="GET /health/ready The models").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".live-responses-table .response .response-col_status").first).to_have_text("200")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(open_page, parts, scheme, tmp_path):
     broken = tmp_path / "broken.png"
