@@ -63,10 +63,11 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            pass  # nobody is left to be answered
+            status = None  # nobody is left to be answered
         except Exception:
             if status is not None:
-                raise  # the server then cuts the connection: half an answer must not pass for a whole one
+                status = 500  # for the metrics and the log: half an answer is none
+                raise  # the server then cuts the connection: it must not pass for a whole one
             logger.exception("request %s failed", request_id)
             message = "the service failed; its log has the traceback under this request_id."
             await error_response(request_id, "internal", message)(scope, receive, send_with_id)

@@ -326,6 +326,10 @@ def test_half_an_answer_is_never_ended_as_a_whole_one():
     async def receive() -> Message:
         return {"type": "http.request", "body": b"", "more_body": False}
 
+    telemetry = Telemetry()
     with pytest.raises(RuntimeError, match="second map"):
-        asyncio.run(RequestMiddleware(breaks_off, Telemetry(), Drain())({**SCOPE}, receive, send))
+        asyncio.run(RequestMiddleware(breaks_off, telemetry, Drain())({**SCOPE}, receive, send))
     assert sent == ["http.response.start", "http.response.body"]
+    counted = telemetry.exposition("")[0].decode()
+    assert 'route="/score",status_class="5xx"} 1.0' in counted
+    assert 'route="/score",status_class="2xx"} 1.0' not in counted
