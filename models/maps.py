@@ -119,10 +119,10 @@ def smooth(maps: Tensor, *, sigma: float) -> Tensor:
 
 @cache
 def _to_pixels(cells: int, cell: int, device: torch.device) -> Tensor:
-    """What `enlarged` and then `smooth`, by half a cell, make of a map along one of its axes: (cell cells, cells)."""
+    """What `enlarged` and then `smooth`, by a quarter of a cell, make of a map along an axis: (cell cells, cells)."""
     with torch.inference_mode(False), unrounded():
         columns = torch.eye(cells, device=device).view(1, cells, cells, 1).expand(-1, -1, -1, cells)
-        return smooth(enlarged(columns, cell), sigma=cell / 2)[0, :, :, 0].T.contiguous()
+        return smooth(enlarged(columns, cell), sigma=cell / 4)[0, :, :, 0].T.contiguous()
 
 
 class MapFusion(nn.Module):
@@ -130,8 +130,10 @@ class MapFusion(nn.Module):
 
     Each component enters as it is and in deviations from the mean of good images at its place; each of these 2 K maps
     is scaled so that the quantiles LOW and HIGH of good pixels are 0 and 1. The anomaly map is the softplus of their
-    weighted mean: a smooth way to keep it from being negative that changes no order. What has a value for each cell of
-    pixels is brought to pixels last.
+    weighted mean: a smooth way to keep it from being negative that changes no order.
+
+    What has a value for each cell of pixels, as over features, is joined by the weighted geometric mean of the views'
+    softplus: what one of them alone finds counts less than what all do. It is brought to pixels last.
     """
 
     def __init__(
@@ -161,9 +163,10 @@ class MapFusion(nn.Module):
 
     def joined(self, views: Tensor, weights: Tensor) -> Tensor:
         """Views (B, 2 K, S / cell, S / cell) by weights that broadcast with them."""
-        fused = F.softplus((views * weights).sum(dim=1) / weights.sum())
         if self.cell == 1:
-            return fused
+            return F.softplus((views * weights).sum(dim=1) / weights.sum())
+        # Far below 0 a softplus is 0, which has no logarithm.
+        fused = ((F.softplus(views).clamp(min=1e-6).log() * weights).sum(dim=1) / weights.sum()).exp()
         to_pixels = _to_pixels(fused.shape[-1], self.cell, fused.device)
         return to_pixels @ fused @ to_pixels.T
 

@@ -15,8 +15,10 @@ from models.maps import (
     GRADIENT_CONSTANT,
     HIGH,
     LOW,
+    OF_FEATURES,
     GoodMaps,
     MapFusion,
+    Weights,
     enlarged,
     gradient_magnitude_similarity,
     residual_map,
@@ -238,15 +240,25 @@ def test_fusion_scales_each_view_from_low_to_high():
 
 
 @pytest.mark.parametrize("cell", [2, 8])
-def test_maps_of_cells_are_fused_as_any_and_then_brought_to_pixels(cell):
+def test_maps_of_cells_are_joined_by_their_geometric_mean_and_brought_to_pixels(cell):
     generator = torch.Generator().manual_seed(0)
-    mean, deviation = torch.rand((2, 3, 8, 8), generator=generator)
-    low, high = torch.zeros(6), torch.ones(6)
-    maps = maps_of(2, components=3, size=8)
-    fused = MapFusion(mean, 1 + deviation, low, high)(maps)
-    in_pixels = MapFusion(mean, 1 + deviation, low, high, cell=cell)(maps)
-    assert in_pixels.shape == (2, 8 * cell, 8 * cell)
-    assert torch.allclose(in_pixels, smooth(enlarged(fused[:, None], cell), sigma=cell / 2)[:, 0], atol=1e-6)
+    mean, deviation = torch.rand((2, 2, 8, 8), generator=generator)
+    maps = maps_of(2, components=2, size=8)
+    weights = Weights((1.5, 1.0), (0.5, 0.0))
+    fusion = MapFusion(mean, 1 + deviation, torch.zeros(4), torch.ones(4), weights, cell)
+    residual, logits = F.softplus(maps).unbind(dim=1)
+    by_place = F.softplus((maps[:, 0] - mean[0]) / (1 + deviation[0]))
+    fused = (residual**1.5 * logits * by_place**0.5) ** (1 / 3)
+    assert fusion(maps).shape == (2, 8 * cell, 8 * cell)
+    assert torch.allclose(fusion(maps), smooth(enlarged(fused[:, None], cell), sigma=cell / 4)[:, 0], atol=1e-6)
+
+
+def test_what_one_map_of_cells_alone_finds_counts_less_than_what_both_do():
+    fusion = MapFusion(torch.zeros(2, 8, 8), torch.ones(2, 8, 8), torch.zeros(4), torch.ones(4), OF_FEATURES, cell=8)
+    alone, both = torch.full((2, 1, 2, 8, 8), -1000.0)
+    alone[0, 0, 3, 3] = 10
+    both[0, :, 3, 3] = 5
+    assert 0 < fusion(alone).max() < 0.5 * fusion(both).max()
 
 
 def test_a_defect_between_two_cells_is_found_between_them():
