@@ -105,3 +105,4 @@ def serve(settings: Settings) -> None:
         gc.collect()
         gc.freeze()
         server.run(sockets=[listener])
+        gc.unfreeze()  # else what torch brought is said to have leaked

@@ -62,7 +62,9 @@ def service(checkpoint: Path) -> Iterator[httpx2.Client]:
         with httpx2.Client(base_url=address[1]) as client:
             yield client
         process.send_signal(signal.SIGTERM)
-        process.stderr.read()
+        # To its very end the log is one JSON object a line.
+        for line in process.stderr:
+            assert json.loads(line)["timestamp"]
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
