@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 # Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py.
 OF_PIXELS = Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5))
-# Over features what is compared by place finds more images and fewer pixels of them: docs/features.md.
+# Over features nothing is compared by place, for a reason that these defects do not show: docs/features.md.
 OF_FEATURES = Weights((1.5, 1.0), (0.0, 0.0))
 
 
@@ -120,7 +120,7 @@ def smooth(maps: Tensor, *, sigma: float) -> Tensor:
 @cache
 def _to_pixels(cells: int, cell: int, device: torch.device) -> Tensor:
     """What `enlarged` and then `smooth`, by a quarter of a cell, make of a map along an axis: (cell cells, cells)."""
-    with torch.inference_mode(False), unrounded():
+    with torch.inference_mode(False):
         columns = torch.eye(cells, device=device).view(1, cells, cells, 1).expand(-1, -1, -1, cells)
         return smooth(enlarged(columns, cell), sigma=cell / 4)[0, :, :, 0].T.contiguous()
 

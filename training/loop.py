@@ -191,20 +191,27 @@ def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tu
     pixels, places, directions = state.batches.next()
     state.networks.train(recipe.train_flag)
     features = state.networks.features
-    images: Tensor = state.networks.standardisation(pixels).contiguous(memory_format=torch.channels_last)
     if features is None:
-        (images,) = _jittered([images], recipe, state.generator)
+        (images,) = _jittered([_images(pixels, state)], recipe, state.generator)
         damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
         return images, damaged, masks, places
-    seen = state.networks.see(images) if directions is None else features.standardised(directions.float())
+    if directions is None:
+        seen = state.networks.see(_images(pixels, state))
+    else:
+        seen = features.standardised(directions.float())
     count = len(pixels) if quick else int(recipe.feature_corruption * len(pixels))
     damaged, masks = corrupt_features(seen[:count], probability=recipe.corruption, generator=state.generator)
     masks = F.interpolate(masks, scale_factor=float(state.networks.config.cell))
     if count < len(pixels):
-        images, own = corrupt(images[count:], probability=recipe.corruption, generator=state.generator)
+        images, own = corrupt(_images(pixels[count:], state), probability=recipe.corruption, generator=state.generator)
         damaged, masks = torch.cat([damaged, state.networks.see(images)]), torch.cat([masks, own])
     seen, damaged = _jittered([seen, damaged], recipe, state.generator)
     return seen, damaged, masks, places
+
+
+def _images(pixels: Tensor, state: TrainingState) -> Tensor:
+    images: Tensor = state.networks.standardisation(pixels)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _jittered(maps: list[Tensor], recipe: Recipe, generator: torch.Generator) -> list[Tensor]:
