@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from models.errors import HazelnutError
+from models.memory import keep_freed_memory
 
 app = typer.Typer(
     help="Find defects in images of parts. Learns from good images alone, serves its scores over HTTP.",
@@ -244,6 +245,7 @@ def _command() -> str:
 
 
 def main() -> None:
+    keep_freed_memory()
     app()
 
 

@@ -28,6 +28,7 @@ from models.calibration import Calibration
 from models.graphs import GraphedScorer
 from models.images import decode_image, image_tensor
 from models.maps import MapFusion, fusion_weights
+from models.memory import keep_freed_memory
 from models.networks import ScoringNetworks, Standardisation, places_of
 from models.scoring import Scorer, choose_device
 from training.config import Recipe, load_recipe
@@ -44,6 +45,7 @@ def main(
     crop: Annotated[int, typer.Option(help="Side of the training windows.")] = 128,
     compiled: Annotated[bool, typer.Option(help="Measure torch.compile, which needs a compiler.")] = False,
 ) -> None:
+    keep_freed_memory()
     where = choose_device(device)
     recipe = load_recipe("default", [f"crop={crop}"])
     rows: dict[str, Measured] = {}

@@ -3,7 +3,6 @@
 It imports no more than decoding needs, because every worker is forked from one process that has imported this.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -22,9 +21,9 @@ from PIL import Image
 
 from models.errors import ImageError, ImageUnreadableError
 from models.images import decode_image, image_tensor
+from models.memory import keep_freed_memory
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BYTES = 2**26
+KEPT_BYTES = 2**26  # of what decoding an image has freed
 # To the event loop: it has little to do, and whoever is refused or asks for metrics waits for it alone.
 YIELDING = 5
 NAME = "hazelnut-decode"  # in ps and top, which show 15 letters
@@ -72,22 +71,12 @@ def _settle(memory_bytes: int) -> None:
     Image.init()  # imports what reads each format, so that the first image of one does not wait for it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and libjpeg write what they think of a file
     if sys.platform == "linux":
-        _keep_freed_memory()
+        keep_freed_memory(KEPT_BYTES)
         Path("/proc/self/comm").write_text(NAME)
         pages = int(Path("/proc/self/statm").read_text().split()[0])  # torch alone has mapped gigabytes
         limit = pages * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _keep_freed_memory() -> None:
-    """Up to KEPT_BYTES. The C library gives it back after every image, and to fault it in again takes half as long as
-    the decoding does.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc has it, others do without
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 2)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _answer(job: Job) -> tuple[dict[str, object], Pixels | None]:
