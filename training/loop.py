@@ -8,6 +8,7 @@ to tell decoded images from photographed ones, and the autoencoder to rebuild it
 import copy
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def train(state: TrainingState, recipe: Recipe, after_step: Callable[[dict[str, 
 
 def latent_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, Tensor]:
     """Tell codes from draws of the prior."""
-    _, damaged, _, _ = _damaged(state, recipe, quick=True)
+    damaged = _damaged(state, recipe, quick=True).seen
     with torch.no_grad(), state.autocast:
         codes = state.networks.encoder(damaged).float()
     return _discriminator_step(
@@ -78,9 +79,9 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
     Patches with a synthetic defect are fakes too: what the discriminator learns of defects it passes on to the decoder
     (OCR-GAN, arXiv 2203.00259, section 3.3).
     """
-    _, damaged, masks, _ = _damaged(state, recipe, quick=True)
+    batch = _damaged(state, recipe, quick=True)
     with torch.no_grad(), state.autocast:
-        codes = state.networks.encoder(damaged)
+        codes = state.networks.encoder(batch.seen)
         fake = _fakes(codes, state.networks.decoder(codes), state)
     return _discriminator_step(
         "image",
@@ -89,9 +90,9 @@ def image_discriminator_step(state: TrainingState, recipe: Recipe) -> dict[str, 
         recipe,
         discriminator=state.image_discriminator,
         optimizer=state.image_optimizer,
-        real=damaged,
+        real=batch.seen,
         fake=fake,
-        defects=masks,
+        defects=batch.masks,
     )
 
 
@@ -135,17 +136,17 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
 
     latent, image: whether that discriminator takes part.
     """
-    images, damaged, masks, places = _damaged(state, recipe)
+    batch = _damaged(state, recipe)
     # From defects in features the head would learn what a seam between them looks like, which no real defect has.
-    own = slice(int(recipe.feature_corruption * len(masks)), None)
-    damaged = damaged.contiguous(memory_format=torch.channels_last)
+    own = slice(batch.in_features, None)
+    damaged = batch.seen.contiguous(memory_format=torch.channels_last)
     with state.autocast:
         codes, reconstructions = state.networks.rebuild(damaged)
-        logits, _ = state.networks.mark(damaged[own], reconstructions[own], places[own])
+        logits, _ = state.networks.mark(damaged[own], reconstructions[own], batch.places[own])
     codes, reconstructions = codes.float(), reconstructions.float()
     loss = reconstruction_loss(
         reconstructions,
-        images,
+        batch.whole,
         l2_weight=recipe.l2_weight,
         ssim_weight=recipe.ssim_weight,
         gradient_weight=recipe.gradient_weight,
@@ -166,7 +167,7 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
         loss = loss + recipe.image_weight * adversarial
         losses["image_adversarial"] = adversarial.detach()
     if logits is not None:
-        segmentation = segmentation_loss(logits.float(), masks_of_cells(masks[own], state.networks.config.cell))
+        segmentation = segmentation_loss(logits.float(), masks_of_cells(batch.masks[own], state.networks.config.cell))
         loss = loss + recipe.head_weight * segmentation
         losses["segmentation"] = segmentation.detach()
     state.optimizer.zero_grad(set_to_none=True)
@@ -181,9 +182,16 @@ def masks_of_cells(masks: Tensor, cell: int) -> Tensor:
     return masks if cell == 1 else (4 * F.avg_pool2d(masks, cell)).clamp(max=1)
 
 
-def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the networks see of the next images, (B, C, W, W) or features (B, F, W/8, W/8), the same with synthetic
-    defects, the defects' masks (B, 1, W, W), and the places of the pixels.
+class _Batch(NamedTuple):
+    whole: Tensor  # what there is to rebuild: (B, C, W, W), or features (B, F, W/8, W/8)
+    seen: Tensor  # the same with synthetic defects
+    masks: Tensor  # of these, (B, 1, W, W)
+    places: Tensor  # of the pixels, (B, 2, W, W)
+    in_features: int  # how many of the first have their defects drawn in the features
+
+
+def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> _Batch:
+    """The next images, and what the networks see of them.
 
     quick: over features, draw all defects in these. What is done with them is training: the networks that see them are
     put into train mode, if the recipe says so.
@@ -194,7 +202,7 @@ def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tu
     if features is None:
         (images,) = _jittered([_images(pixels, state)], recipe, state.generator)
         damaged, masks = corrupt(images, probability=recipe.corruption, generator=state.generator)
-        return images, damaged, masks, places
+        return _Batch(images, damaged, masks, places, in_features=0)
     if directions is None:
         seen = state.networks.see(_images(pixels, state))
     else:
@@ -206,7 +214,7 @@ def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> tu
         images, own = corrupt(_images(pixels[count:], state), probability=recipe.corruption, generator=state.generator)
         damaged, masks = torch.cat([damaged, state.networks.see(images)]), torch.cat([masks, own])
     seen, damaged = _jittered([seen, damaged], recipe, state.generator)
-    return seen, damaged, masks, places
+    return _Batch(seen, damaged, masks, places, in_features=count)
 
 
 def _images(pixels: Tensor, state: TrainingState) -> Tensor:
