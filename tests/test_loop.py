@@ -409,6 +409,21 @@ def test_the_channels_of_features_differ_each_by_itself():
     assert contrast.max() < 1.3 + 1e-4
 
 
+def test_the_head_learns_from_defects_in_pixels_alone():
+    """Those in features have seams that no real defect has."""
+    small = ["image_size=64", "width=8", "head_width=8", "feature_channels=16", "batch_size=4", "corruption=1"]
+    recipe = load_recipe("features", [*small, "feature_corruption=0.75"])
+    state = TrainingState(recipe, torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8), device=CPU)
+    rebuilt: list[Tensor] = []
+    marked: list[Tensor] = []
+    state.networks.encoder.register_forward_pre_hook(lambda _, inputs: rebuilt.append(inputs[0]))
+    assert state.networks.head is not None
+    state.networks.head.register_forward_pre_hook(lambda _, inputs: marked.append(inputs[0]))
+    autoencoder_step(state, recipe, latent=False, image=False)
+    assert len(rebuilt[0]) == 4
+    assert torch.equal(marked[0], rebuilt[0][3:])
+
+
 @pytest.mark.gpu
 def test_training_on_a_gpu_with_mixed_precision_stays_close_to_the_cpu(recipe, pixels):
     recipe = replace(recipe, mixed_precision=True, corruption=0.0)  # whose random numbers differ by device
