@@ -27,6 +27,10 @@ from service.telemetry import Telemetry
 
 LARGEST_BATCH = SIZES[0]
 LATELY = 0.1  # weight of the newest request in the time that requests have taken lately
+# Of one core for one image, twice what decoding a photograph of a megapixel takes. A model that is quicker scores on
+# half of the cores: decoding is what its images wait for, and threads that wait for one another on a core that is taken
+# cost more than they bring.
+HEAVY_SECONDS = 0.016
 
 
 class BusyError(ServiceError):
@@ -80,11 +84,14 @@ class Batcher:
     done, and copies it meanwhile. Its methods belong to the event loop that made it.
     """
 
-    def __init__(self, *, max_images: int, max_bytes: int, telemetry: Telemetry) -> None:
+    def __init__(self, *, max_images: int, max_bytes: int, telemetry: Telemetry, cores: int | None = None) -> None:
+        """cores: that torch may compute with; None takes as many as it would."""
         self._max_images, self._max_bytes = max_images, max_bytes
+        self._cores = cores or torch.get_num_threads()
         self._images = self._bytes = 0
         self._request_seconds = 0.0
         self._largest: WeakKeyDictionary[Scoring, int] = WeakKeyDictionary()
+        self._core_seconds: WeakKeyDictionary[Scoring, float] = WeakKeyDictionary()
         self._telemetry = telemetry
         telemetry.images_waiting_limit.set(max_images)
         self._loop = asyncio.get_running_loop()
@@ -159,9 +166,6 @@ class Batcher:
     def _work(self) -> None:
         if sys.platform == "linux":  # where this is the priority of the thread alone
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + YIELDING)
-        # The other half of the processor decodes. Threads of torch that wait for one another on a core that is taken
-        # cost more than they bring.
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // 2)))
         on_device: deque[tuple[list[_Waiting], _Begun]] = deque()
         while True:
             batch = self._next_batch(wait=not on_device)
@@ -205,10 +209,16 @@ class Batcher:
         return self._largest.get(scorer, LARGEST_BATCH)
 
     def _begin(self, scorer: Scoring, pixels: list[Pixels]) -> _Begun:
+        # The least that it has taken tells most: what else the cores do only adds to it.
+        least = self._core_seconds.get(scorer, math.inf)
+        threads = self._cores if HEAVY_SECONDS < least < math.inf else max(1, self._cores // 2)
+        torch.set_num_threads(threads)
         since = time.perf_counter()
         scores: UnderWay
         try:
             scores = scorer.begin(torch.from_numpy(np.stack(pixels)))
+            # On a GPU it is only begun by now, and takes no core.
+            self._core_seconds[scorer] = min(least, threads * (time.perf_counter() - since) / len(pixels))
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread and the other images go on
             scores = Future()
             scores.set_exception(error)

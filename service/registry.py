@@ -100,7 +100,12 @@ class Registry:
         self._telemetry = telemetry
         self._versions: dict[Path, Version] = {}
         self._answering: dict[str, Version] = {}  # by the product's name
-        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading")
+        self._loading = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="loading",
+            initializer=torch.set_num_threads,  # see service.app.serve
+            initargs=(1,),
+        )
         self._look_now = asyncio.Event()
         self._forget = False
         self._watched = given is None

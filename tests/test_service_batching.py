@@ -372,3 +372,28 @@ TestRequests = Requests.TestCase
 TestRequests.settings = settings(
     max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_a_light_model_leaves_half_of_the_cores_to_decoding_and_a_heavy_one_takes_all():
+    threads: dict[float, list[int]] = {0.0: [], 0.02: []}
+
+    class Busy(Device):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def score(self, pixels: Tensor) -> Scores:
+            threads[self.seconds].append(torch.get_num_threads())
+            time.sleep(self.seconds * len(pixels))
+            return super().score(pixels)
+
+    async def test() -> None:
+        batcher = Batcher(max_images=99, max_bytes=999, telemetry=Telemetry(), cores=4)
+        light, heavy = Busy(0.0), Busy(0.02)
+        for number in range(3):
+            await batcher.score(light, image(number))
+            await batcher.score(heavy, image(number))
+        batcher.close()
+
+    asyncio.run(test())
+    assert threads == {0.0: [2, 2, 2], 0.02: [2, 4, 4]}
