@@ -36,7 +36,7 @@ class Weights(NamedTuple):
 # Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py.
 OF_PIXELS = Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5))
 # Over features nothing is compared by place, for a reason that these defects do not show: docs/features.md.
-OF_FEATURES = Weights((1.25, 1.0), (0.0, 0.0))
+OF_FEATURES = Weights((1.0, 1.0), (0.0, 0.0))
 
 
 def fusion_weights(config: ModelConfig) -> Weights:
