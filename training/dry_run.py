@@ -5,7 +5,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -17,7 +16,7 @@ from training.progress import peak_memory_bytes
 from training.run import split_images
 from training.state import TrainingState
 
-STEPS = 9  # the first warms up; of eight more, two with adversaries, as the recipes have it
+STEPS = 9  # the first warms up; the eight after it hold two with adversaries, where these take part in every fourth
 SAMPLE = 64  # images that are read for it
 
 
@@ -49,7 +48,7 @@ def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Consol
 
     ends: list[float] = []
     train(state, replace(recipe, steps=STEPS), lambda _: ends.append(time.perf_counter()))
-    minutes = float(np.mean(np.diff(ends))) * recipe.steps / 60  # from the first step's end: it warms up
+    minutes = (ends[-1] - ends[0]) / (STEPS - 1) * recipe.steps / 60
     unread = (len(split.training) - len(sample)) * sample[0].numel()
     memory = (peak_memory_bytes(device) + unread) / 2**30
     console.print("[bold]estimate")
