@@ -27,7 +27,7 @@ from benchmarks.results import write_results
 from models.images import image_tensor
 from models.networks import Standardisation
 from training.config import Recipe, load_recipe
-from training.corruption import VISIBLE, Draws, altered, corrupt, painted, pasted, roughened, shapes
+from training.corruption import SMALL, VISIBLE, Draws, altered, corrupt, painted, pasted, radii_on, roughened, shapes
 from training.data import load_images, read_dataset
 from training.demo import draw_part
 from training.loop import train
@@ -100,14 +100,14 @@ def sheet(pixels: Tensor, recipe: Recipe, *, seed: int) -> Image.Image:
     for name, filling in FILLINGS.items():
         windows = standardisation(batches.next()[0])
         draws = Draws(len(windows), generator)
-        opacity = shapes(draws, windows.shape[-1])
+        opacity = shapes(draws, recipe.window, radii_on(min(recipe.window, SMALL)))
         damaged = torch.lerp(windows, filling(windows, draws), opacity)
         rows.append((name, in_pairs(telling(windows, damaged, opacity), damaged, opacity, standardisation)))
     for name in ("as trained", ""):
         windows = standardisation(batches.next()[0])
         damaged, masks = corrupt(windows, probability=recipe.corruption, generator=generator)
         rows.append((name, in_pairs(telling(windows, damaged, masks), damaged, masks, standardisation)))
-    drawn = shapes(Draws(8 * PARTS, generator), recipe.window)
+    drawn = shapes(Draws(8 * PARTS, generator), recipe.window, radii_on(min(recipe.window, SMALL)))
     large_enough = (drawn.mean(dim=(1, 2, 3)) > 0.005).nonzero().flatten().tolist()
     for name, first in (("shapes", 0), ("", 2 * PAIRS)):
         rows.append((name, [drawn[index] for index in large_enough[first : first + 2 * PAIRS]]))

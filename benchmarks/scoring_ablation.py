@@ -7,6 +7,7 @@ does in benchmarks.quality. Every variant is calibrated anew on the held-out goo
 table in Markdown, writes docs/benchmarks/scoring-ablation.json. Nothing is chosen by these figures.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.results import write_results
 from models.calibration import Calibration, FloatArray
 from models.checkpoint import load_checkpoint
 from models.images import decode_image
-from models.maps import GoodMaps, MapFusion, smooth
+from models.maps import GoodMaps, MapFusion, Weights, smooth
 from models.networks import ScoringNetworks
 from models.scoring import MapArray, Outputs, outputs, resize_map, table
 from training import metrics
@@ -49,7 +50,9 @@ def without_places(fusion: MapFusion) -> MapFusion:
     mean, deviation = (
         value.mean(dim=(1, 2), keepdim=True).expand_as(value) for value in (fusion.mean, fusion.deviation)
     )
-    return MapFusion(mean, deviation, fusion.low, fusion.high)
+    flat = copy.deepcopy(fusion)
+    flat.mean, flat.deviation = mean, deviation
+    return flat
 
 
 def without(components: slice) -> Callable[[Tensor], Tensor]:
@@ -100,6 +103,9 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     dataset = read_dataset(data)
     split = split_images(dataset, recipe)
     held_out = score(checkpoint.networks, split.calibration, recipe)
+    as_trained = checkpoint.fusion.weights.tolist()
+    half = len(as_trained) // 2
+    of_maps = Weights(tuple(as_trained[:half]), tuple(as_trained[half:]))
     test = score(checkpoint.networks, [image.path for image in dataset.test], recipe)
     labels = np.array([image.defect != "good" for image in dataset.test])
     masks = []
@@ -109,7 +115,8 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     rows = []
     for name, variant in VARIANTS.items():
         weights = variant.weights or checkpoint.calibration.weights
-        calibration, fusion = calibrated(chosen(held_out, variant), split.parts, variant, recipe.alpha, weights)
+        good = GoodMaps(of_maps)
+        calibration, fusion = calibrated(chosen(held_out, variant), split.parts, variant, good, recipe.alpha, weights)
         scores, maps = [], []
         for found in chosen(test, variant):
             fused = fusion(found.maps)
@@ -149,9 +156,13 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def calibrated(
-    held_out: list[Outputs], parts: list[int], variant: Variant, alpha: float, weights: tuple[float, ...]
+    held_out: list[Outputs],
+    parts: list[int],
+    variant: Variant,
+    good: GoodMaps,
+    alpha: float,
+    weights: tuple[float, ...],
 ) -> tuple[Calibration, MapFusion]:
-    good = GoodMaps()
     for found in held_out:
         good.add(found.maps)
     fusion, others = good.fusions(parts)

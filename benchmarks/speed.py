@@ -108,9 +108,9 @@ def step(
     if compiled:
         for network in (encoder, decoder, head):
             network.compile()
-    images = torch.randn(recipe.batch_size, recipe.channels, recipe.crop, recipe.crop, device=device)
+    images = torch.randn(recipe.batch_size, recipe.channels, recipe.window, recipe.window, device=device)
     images = images.contiguous(memory_format=memory_format)
-    places = places_of(recipe.crop, device).unsqueeze(0)
+    places = places_of(recipe.window, device).unsqueeze(0)
 
     def run() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
@@ -135,7 +135,7 @@ def noise(count: int, recipe: Recipe) -> Tensor:
 
 
 def batch_from_memory(recipe: Recipe, device: torch.device) -> Measured:
-    batches = Batches(noise(64, recipe).to(device), batch_size=recipe.batch_size, crop=recipe.crop, seed=0)
+    batches = Batches(noise(64, recipe).to(device), batch_size=recipe.batch_size, crop=recipe.window, seed=0)
     return batches.next
 
 

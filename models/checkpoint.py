@@ -177,14 +177,17 @@ def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, M
     networks.load_state_dict(own)
     mean, deviation, low, high = (state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high"))
     fusion = MapFusion(mean, deviation, low, high, fusion_weights(config), config.cell)
+    # Checkpoints from before products had weights of their own hold none.
+    of_maps = state.pop("fusion.weights", fusion.weights)
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")
     # Of another number some broadcast: the scores would be wrong, and nothing would say so.
     components = 1 + networks.evidence_maps
-    shapes = [tuple(value.shape) for value in (fusion.mean, fusion.deviation, fusion.low, fusion.high)]
+    shapes = [tuple(value.shape) for value in (fusion.mean, fusion.deviation, fusion.low, fusion.high, of_maps)]
     place, end = (components, *fusion.mean.shape[1:]), (2 * components,)
-    if fusion.mean.ndim != 3 or shapes != [place, place, end, end]:
+    if fusion.mean.ndim != 3 or shapes != [place, place, end, end, end]:
         raise ValueError(f"the fusion has shapes {shapes}, which do not fit {components} component maps")
+    fusion.weights = of_maps
     return networks, fusion
 
 

@@ -32,8 +32,17 @@ class Weights(NamedTuple):
     as_they_are: tuple[float, ...]
     by_place: tuple[float, ...]
 
+    def with_place(self, share: float) -> "Weights":
+        """The same with so much of what is compared by place."""
+        return Weights(self.as_they_are, tuple(share * weight for weight in self.by_place))
 
-# Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py.
+    def of(self, components: int) -> Tensor:
+        """Of the first of the maps, (2 K,): without a head there is the residual alone."""
+        return torch.tensor([*self.as_they_are[:components], *self.by_place[:components]])
+
+
+# Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py. What a
+# product keeps of the comparison by place is chosen in the same way, by training/calibrating.py.
 OF_PIXELS = Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5))
 # Over features nothing is compared by place, for a reason that these defects do not show: docs/features.md.
 OF_FEATURES = Weights((1.0, 1.0), (0.0, 0.0))
@@ -155,14 +164,14 @@ class MapFusion(nn.Module):
         for name, value in (("mean", mean), ("deviation", deviation), ("low", low), ("high", high)):
             self.register_buffer(name, value.float())
         self.weights: Tensor
-        both = torch.tensor([*weights.as_they_are[: len(mean)], *weights.by_place[: len(mean)]], device=mean.device)
-        self.register_buffer("weights", both.view(1, -1, 1, 1), persistent=False)  # not of this product alone
+        self.register_buffer("weights", weights.of(len(mean)).to(mean.device))
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.joined(self.views(maps), self.weights)
 
     def joined(self, views: Tensor, weights: Tensor) -> Tensor:
-        """Views (B, 2 K, S / cell, S / cell) by weights that broadcast with them."""
+        """Views (B, 2 K, S / cell, S / cell) by weights (2 K,)."""
+        weights = weights.view(1, -1, 1, 1)
         if self.cell == 1:
             return F.softplus((views * weights).sum(dim=1) / weights.sum())
         # Far below 0 a softplus is 0, which has no logarithm.

@@ -19,7 +19,7 @@ from models.calibration import Calibration
 from models.checkpoint import FIELDS, Checkpoint, load_checkpoint, save_checkpoint
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.maps import MapFusion
+from models.maps import OF_PIXELS, MapFusion
 from models.networks import ScoringNetworks, Standardisation, places_of
 
 CPU = torch.device("cpu")
@@ -59,7 +59,8 @@ def fusion_of(config: ModelConfig) -> MapFusion:
     components = 2 if config.head_width else 1
     numbers = torch.rand(2, components, 8, 8, generator=torch.Generator().manual_seed(0))
     ends = torch.linspace(-1, 1, 4 * components)
-    return MapFusion(numbers[0], 1 + numbers[1], ends[: 2 * components], ends[2 * components :])
+    weights = OF_PIXELS.with_place(0.3)
+    return MapFusion(numbers[0], 1 + numbers[1], ends[: 2 * components], ends[2 * components :], weights)
 
 
 def with_config(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
@@ -334,6 +335,13 @@ def test_weights_of_another_shape_are_refused(folder, config, field):
         load_checkpoint(folder)
 
 
+def test_a_checkpoint_from_before_products_had_weights_of_their_own_has_those_of_all(folder):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    del state["fusion.weights"]
+    rewrite(folder, {}, weights=safetensors.torch.save(state))
+    assert torch.equal(load_checkpoint(folder).fusion.weights, OF_PIXELS.of(2))
+
+
 @pytest.mark.parametrize(("had", "named"), [(8, 0), (0, 8)])
 def test_a_head_that_is_missing_or_too_many_is_refused(tmp_path, checkpoint, had, named):
     config = replace(checkpoint.config, head_width=had)
@@ -381,7 +389,7 @@ def test_no_weights_at_all_are_refused(folder):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["mean", "deviation", "low", "high"])
+@pytest.mark.parametrize("name", ["mean", "deviation", "low", "high", "weights"])
 def test_a_fusion_of_another_number_of_components_is_refused(folder, name):
     """Means of one component would be taken for those of all."""
     state = safetensors.torch.load_file(folder / "model.safetensors")

@@ -1,13 +1,16 @@
 """Synthetic defects: where they are, what fills them, what their masks say, and that nothing else changes."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from training.corruption import (
     BLOCK,
     DEFECTS,
+    SMALL,
     VISIBLE,
     Draws,
     altered,
@@ -16,9 +19,11 @@ from training.corruption import (
     fillings,
     moved,
     painted,
+    radii_on,
     relit,
     roughened,
     shapes,
+    warped,
 )
 
 SIZE = 64
@@ -77,8 +82,9 @@ def share(chosen: Tensor) -> float:
 # Images and masks
 
 
-def test_images_with_a_probability_of_zero_are_not_changed():
-    images = noise(16)
+@pytest.mark.parametrize("size", [SIZE, 144, 256, 320])
+def test_images_with_a_probability_of_zero_are_not_changed(size):
+    images = noise(4, size=size)
     damaged, masks = corrupted(images, probability=0.0)
     assert torch.equal(damaged, images)
     assert not masks.any()
@@ -94,9 +100,9 @@ def test_each_of_the_defects_is_drawn_with_the_given_probability():
 
 
 @pytest.mark.parametrize("contrast", [1.0, 0.2])
-@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("size", [32, 128, 192])
 def test_masks_mark_the_blocks_that_change_visibly_and_no_others(size, contrast):
-    images = contrast * noise(256 if size == 32 else 64, size=size)
+    images = contrast * noise(256 if size == 32 else 48, size=size)
     damaged, masks = corrupted(images)
     assert ((masks == 0) | (masks == 1)).all()
     seen = visible_blocks(damaged, images)
@@ -104,6 +110,26 @@ def test_masks_mark_the_blocks_that_change_visibly_and_no_others(size, contrast)
     assert share(seen[masks == 1]) > 0.95
     assert share(widened(masks, by=BLOCK - 1)[seen]) > 0.98
     assert 0.01 < share(masks) < 0.2  # most of an image is outside
+
+
+def test_large_images_get_more_defects_and_most_are_as_small_as_those_of_small_ones():
+    areas = []
+    for size, count in ((SMALL, 256), (2 * SMALL, 64)):  # as many pixels
+        _, masks = corrupted(noise(count, size=size))
+        regions = [ndimage.label(mask, structure=np.ones((3, 3)))[0] for mask in masks[:, 0].numpy()]
+        areas.append(np.concatenate([np.bincount(region.flatten())[1:] for region in regions]))
+    small, large = areas
+    assert 0.7 < len(large) / len(small) < 1.5
+    assert 0.5 < np.median(large) / np.median(small) < 2
+    assert large.max() > 1.5 * small.max()
+
+
+def test_large_images_have_defects_everywhere_also_across_the_middle():
+    masks = torch.cat([corrupted(noise(16, size=160), seed=seed)[1] for seed in range(8)])
+    covered = F.avg_pool2d(masks.mean(dim=0), 20)
+    assert covered.min() > 0.25 * covered.mean()
+    across = (masks[..., 79] * masks[..., 80]).mean() / masks[..., 78:82].mean()  # in both columns at the middle
+    assert across > 0.5
 
 
 def test_noise_that_is_replaced_by_other_noise_is_not_marked():
@@ -127,7 +153,7 @@ def test_what_is_pasted_onto_its_equal_is_not_marked():
 
 
 def test_defects_are_faint_or_cover_what_was_there():
-    images = torch.zeros((800, 1, SIZE, SIZE))
+    images = torch.zeros((3200, 1, SIZE, SIZE))
     images[1::2] = 1000.0
     damaged, _ = corrupted(images)
     opacity = damaged[::2].flatten(1).amax(dim=1) / 1000  # of what came from the other part
@@ -175,7 +201,7 @@ def test_the_images_of_a_batch_get_different_defects():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [32, 48, 64, 128])
+@pytest.mark.parametrize("size", [32, 48, 64, 128, 144, 176, 272])
 def test_batches_of_any_size_channels_and_resolution_keep_their_shape(count, channels, size):
     damaged, masks = corrupted(noise(count, channels=channels, size=size))
     assert damaged.shape == (count, channels, size, size)
@@ -334,7 +360,7 @@ def test_a_roughened_place_keeps_its_light_and_has_less_or_more_texture():
 
 
 def drawn_shapes(count: int, size: int) -> Tensor:
-    return shapes(Draws(count, seeded()), size)
+    return shapes(Draws(count, seeded()), size, radii_on(size))
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 128])
@@ -387,19 +413,13 @@ def test_borders_are_sharp_or_soft():
 # Draws
 
 
-def test_noise_is_drawn_once_for_all_images_of_a_layer(monkeypatch):
-    fields: list[tuple[int, ...]] = []
-    normal = Draws.normal
-
-    def noted(draws: Draws, *shape: int) -> Tensor:
-        fields.append((draws.count, *shape))
-        return normal(draws, *shape)
-
-    monkeypatch.setattr(Draws, "normal", noted)
-    corrupted(noise(64))
-    finest = [shape for shape in fields if shape[-1] > 1]
-    assert {count for count, *_ in finest} == {1}
-    assert len([shape for shape in finest if shape[-1] == SIZE // 2]) == 4 * DEFECTS  # shapes, paint, warps, patches
+@pytest.mark.parametrize(("filling", "images"), [(painted, flat(1)), (altered, flat(1)), (warped, labelled(1))])
+def test_each_image_has_noise_of_its_own(filling, images):
+    images = images.expand(64, -1, -1, -1)
+    change = (filling(images, Draws(64, seeded())) - images)[:, 1].flatten(1)
+    change = change - change.mean(dim=1, keepdim=True)
+    change = change / change.norm(dim=1, keepdim=True).clamp(min=1e-3)
+    assert (change @ change.T).abs().triu(diagonal=1).max() < 0.99
 
 
 def test_parts_are_as_large_as_their_shares_and_make_up_the_whole():

@@ -17,7 +17,7 @@ from models.features import Features, centred, starts
 from models.maps import OF_FEATURES, OF_PIXELS, MapFusion, enlarged, smooth
 from models.networks import ScoringNetworks, Standardisation, places_of
 from models.scoring import in_tiles, outputs
-from training.run import good_maps
+from training.calibrating import good_maps
 
 CPU = torch.device("cpu")
 

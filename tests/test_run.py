@@ -21,7 +21,7 @@ from torchvision.models import get_model
 from models.checkpoint import load_checkpoint
 from models.errors import CheckpointError, DataError, TrainingDivergedError, TrainingError
 from training.config import Recipe, load_recipe
-from training.run import read_run, train_folder, weights_of
+from training.run import read_run, train_folder
 
 TINY = ["image_size=32", "width=8", "latent_dim=4", "batch_size=4", "alpha=0.2", "steps=12", "save_every=4"]
 QUIET = Console(quiet=True)
@@ -177,12 +177,6 @@ def test_a_run_record_that_is_not_one_is_named(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(TrainingError, match="does not describe a run"):
         read_run(tmp_path)
-
-
-def test_a_weak_score_counts_for_little_beside_a_strong_one():
-    assert weights_of([0.8, 0.5, 0.9]) == pytest.approx([0.75**8 + 0.001, 0.001, 1.001])
-    assert weights_of([0.6, 0.3, 0.6]) == pytest.approx([1.001, 0.001, 1.001])
-    assert weights_of([0.5, 0.4, 0.5]) == pytest.approx([0.001, 0.001, 0.001])
 
 
 @pytest.fixture

@@ -80,14 +80,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(field.name, field.type, getattr(self, field.name))
-        side = self.model_config().side
-        allowed = self.crop == 0 or (32 <= self.crop <= side and self.crop % 16 == 0 and self.latent == "grid")
-        _check(
-            "crop",
-            self.crop,
-            allowed,
-            f"0 (no crop) and, for a grid of codes, multiples of 16 from 32 to {side}",
-        )
+        self.model_config()  # raises ConfigError itself
+        allowed = self.crop == 0 or (self.crop >= 32 and self.crop % 16 == 0 and self.latent == "grid")
+        _check("crop", self.crop, allowed, "0 (no crop) and, for a grid of codes, multiples of 16 from 32 on")
         _check("jitter", self.jitter, 0 <= self.jitter <= 0.5, "0 to 0.5")
         _check("corruption", self.corruption, 0 <= self.corruption <= 1, "0 to 1")
         self._check_features()
@@ -141,8 +136,9 @@ class Recipe:
 
     @property
     def window(self) -> int:
-        """Pixels on each side of what training shows."""
-        return self.crop or self.model_config().side
+        """Pixels on each side of what training shows: no window is larger than the image, or its tile."""
+        side = self.model_config().side
+        return min(self.crop or side, side)
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(

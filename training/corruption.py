@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DEFECTS = 2  # at most, per image
+DEFECTS = 2  # at most, per image of SMALL pixels on each side, or piece of a larger one
+SMALL = 128
 # Blocks whose root mean square changes by less look as before, and a label there would teach the head to guess: noise
 # that is replaced by other noise is no defect. Of standardised images, whose deviation is 0.5.
 VISIBLE = 0.1
 BLOCK = 4  # pixels on each side
+
+Radii = tuple[float, float]  # of the smallest and the largest defect, in pixels
 
 
 class Draws:
@@ -54,10 +57,6 @@ class Draws:
         """(B,): a random one."""
         return torch.randperm(self.count, generator=self.generator, device=self.device)
 
-    def shared(self) -> "Draws":
-        """For noise, which is dear, and may be the same for all images: their defects lie at different places in it."""
-        return Draws(1, self.generator)
-
     def normal(self, *shape: int) -> Tensor:
         return torch.randn((self.count, *shape), generator=self.generator, device=self.device)
 
@@ -73,28 +72,73 @@ class Draws:
         return field
 
 
-def corrupt(images: Tensor, *, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def corrupt(
+    images: Tensor, *, probability: float, generator: torch.Generator, small: bool = True
+) -> tuple[Tensor, Tensor]:
     """Draw up to DEFECTS defects on each image, each with some probability. Returns the images and the defects' masks.
+
+    A larger image than SMALL has more places for small defects: one is drawn on the whole of it, and DEFECTS on each
+    piece that is no larger than SMALL, of the sizes that they have there. Not so with `small` off.
 
     images: standardised, (B, C, S, S). Masks: (B, 1, S, S), 1 where a defect can be seen and 0 elsewhere.
     """
     images = images.contiguous()
-    places, damaged, covered = torch.arange(len(images), device=images.device), images, torch.zeros_like(images[:, :1])
-    everyone = Draws(len(images), generator)
-    for _ in range(DEFECTS):
-        order = everyone.order()  # the first images get a defect, and the kinds come one after the other
-        places, damaged, covered = (tensor.index_select(0, order) for tensor in (places, damaged, covered))
-        draws, _ = everyone.parts(probability, 1 - probability)
-        opacity = draws.uniform(0.3, 1) * shapes(draws, images.shape[-1])
-        for part, filling in fillings(damaged[: draws.count], draws):
-            damaged[part].lerp_(filling, opacity[part])
-        covered[: draws.count].clamp_(min=opacity)
-    back = places.argsort()
-    damaged, covered = damaged.index_select(0, back), covered.index_select(0, back)
+    size = images.shape[-1]
+    damaged, covered = images, torch.zeros_like(images[:, :1])
+    if size <= SMALL or not small:
+        damaged, covered = _drawn_on(images, covered, DEFECTS, probability, generator, of_radii=radii_on(size))
+    else:
+        smallest, largest = radii_on(SMALL)
+        larger = (largest / 2, radii_on(size)[1])
+        damaged, covered = _drawn_on(images, covered, 1, probability, generator, of_radii=larger)
+        # The pieces' borders, where shapes are cut off, are anywhere.
+        offset = torch.randint(size // BLOCK, (2,), generator=generator, device=images.device) * BLOCK
+        down, across = offset.tolist()
+        per_side = 2 ** math.ceil(math.log2(size / SMALL))
+        pieces, opacity = (_cut(maps.roll((down, across), dims=(2, 3)), per_side) for maps in (damaged, covered))
+        drawn = _drawn_on(pieces, opacity, DEFECTS, probability, generator, of_radii=(smallest, largest))
+        damaged, covered = (_joined(maps, per_side).roll((-down, -across), dims=(2, 3)) for maps in drawn)
     # By blocks, because a pasted texture crosses what was there before.
     change = F.mse_loss(damaged, images, reduction="none").mean(dim=1, keepdim=True)
     changed = F.interpolate((F.avg_pool2d(change, BLOCK) > VISIBLE**2).float(), scale_factor=BLOCK)
     return damaged, covered.gt_(0.02).mul_(changed)
+
+
+def radii_on(size: int) -> Radii:
+    """Of the defects of an image of so many pixels on each side."""
+    return 0.012 * size, 0.25 * size
+
+
+def _drawn_on(
+    images: Tensor, covered: Tensor, defects: int, probability: float, generator: torch.Generator, *, of_radii: Radii
+) -> tuple[Tensor, Tensor]:
+    """Images with more defects, and how opaque these are, or those `covered` before, at each place: (B, 1, S, S)."""
+    places, everyone = torch.arange(len(images), device=images.device), Draws(len(images), generator)
+    for _ in range(defects):
+        order = everyone.order()  # the first images get a defect, and the kinds come one after the other
+        places, images, covered = (tensor.index_select(0, order) for tensor in (places, images, covered))
+        draws, _ = everyone.parts(probability, 1 - probability)
+        opacity = draws.uniform(0.3, 1) * shapes(draws, images.shape[-1], of_radii)
+        for part, filling in fillings(images[: draws.count], draws):
+            images[part].lerp_(filling, opacity[part])
+        covered[: draws.count].clamp_(min=opacity)
+    back = places.argsort()
+    return images.index_select(0, back), covered.index_select(0, back)
+
+
+def _cut(maps: Tensor, per_side: int) -> Tensor:
+    """(B, K, S, S) -> (B n n, K, S/n, S/n)."""
+    batch, channels, size, _ = maps.shape
+    side = size // per_side
+    pieces = maps.view(batch, channels, per_side, side, per_side, side)
+    return pieces.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _joined(pieces: Tensor, per_side: int) -> Tensor:
+    """The way back."""
+    count, channels, side, _ = pieces.shape
+    maps = pieces.view(count // per_side**2, per_side, per_side, channels, side, side)
+    return maps.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def corrupt_features(features: Tensor, *, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -108,7 +152,7 @@ def corrupt_features(features: Tensor, *, probability: float, generator: torch.G
         chosen = Draws(len(features), generator).chance(probability).flatten().nonzero().squeeze(1)
         if len(chosen):
             draws = Draws(len(chosen), generator)
-            opacity = draws.uniform(0.3, 1) * shapes(draws, size)
+            opacity = draws.uniform(0.3, 1) * shapes(draws, size, radii_on(size))
             whole = features[chosen]
             others = torch.where(draws.chance(0.5), whole, features[chosen - 1])
             down, across = torch.randint(size, (2,), generator=generator, device=generator.device).tolist()
@@ -124,41 +168,47 @@ def corrupt_features(features: Tensor, *, probability: float, generator: torch.G
 # Shapes
 
 
-def shapes(draws: Draws, size: int) -> Tensor:
+def shapes(draws: Draws, size: int, of_radii: Radii) -> Tensor:
     """Where the defects are: (B, 1, S, S), 0 outside to 1 inside, with borders from sharp to soft.
 
-    Each at a random place and turn and of random size, small ones as likely per octave.
+    Each at a random place and turn and of random size, small ones as likely per octave. Lines are up to three times as
+    long as the largest radius.
     """
-    blob, speck, line, box = draws.parts(0.45, 0.1, 0.35, 0.1)
-    noise = draws.shared().noise(1, size, roughness=0.6)
-    drawn = [blobs(blob, noise), specks(speck, noise), lines(line, noise), boxes(box, size)]
+    blob, speck, line, box = parts = draws.parts(0.45, 0.1, 0.35, 0.1)
+    noise = torch.split(draws.noise(1, size, roughness=0.6), [part.count for part in parts])
+    drawn = [
+        blobs(blob, noise[0], of_radii),
+        specks(speck, noise[1], of_radii),
+        lines(line, noise[2], of_radii),
+        boxes(box, size, of_radii),
+    ]
     return torch.cat(drawn).index_select(0, draws.order())
 
 
-def blobs(draws: Draws, noise: Tensor) -> Tensor:
+def blobs(draws: Draws, noise: Tensor, of_radii: Radii) -> Tensor:
     """With rough borders."""
-    first, second, radius = radii(draws, noise.shape[-1])
+    first, second, radius = in_radii(draws, noise.shape[-1], of_radii)
     return inside(torch.hypot(first, second) + draws.uniform(0, 0.5) * noise, radius, draws)
 
 
-def specks(draws: Draws, noise: Tensor) -> Tensor:
+def specks(draws: Draws, noise: Tensor, of_radii: Radii) -> Tensor:
     """The peaks of the noise within a blob, the highest of them at least."""
-    within = blobs(draws, noise)
+    within = blobs(draws, noise, of_radii)
     highest = torch.where(within < 1, -4.0, noise).amax(dim=(2, 3), keepdim=True)
     return within * (4 * (noise - highest + draws.uniform(0.2, 1))).clamp_(0, 1)
 
 
-def lines(draws: Draws, noise: Tensor) -> Tensor:
+def lines(draws: Draws, noise: Tensor, of_radii: Radii) -> Tensor:
     """From straight scratches to jagged cracks: where a straight line, bent by noise, passes within half its width."""
-    size = noise.shape[-1]
-    along, beside = axes(draws, size)
-    bent = beside - draws.octaves(0.3, 0.08 * size) * noise
+    along, beside = axes(draws, noise.shape[-1])
+    longest = 1.4 * of_radii[1]
+    bent = beside - draws.octaves(0.3, longest / 4.4) * noise
     line = (draws.octaves(0.4, 2.5) + 0.5 - bent.abs_()).clamp_(0, 1)
-    return line * (draws.octaves(0.04 * size, 0.35 * size) + 0.5 - along.abs_()).clamp_(0, 1)
+    return line * (draws.octaves(longest / 9, longest) + 0.5 - along.abs_()).clamp_(0, 1)
 
 
-def boxes(draws: Draws, size: int) -> Tensor:
-    first, second, radius = radii(draws, size)
+def boxes(draws: Draws, size: int, of_radii: Radii) -> Tensor:
+    first, second, radius = in_radii(draws, size, of_radii)
     return inside(torch.maximum(first.abs_(), second.abs_()), radius, draws)
 
 
@@ -170,10 +220,10 @@ def axes(draws: Draws, size: int) -> tuple[Tensor, Tensor]:
     return turned(across, down, draws.uniform(0, torch.pi))
 
 
-def radii(draws: Draws, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def in_radii(draws: Draws, size: int, of_radii: Radii) -> tuple[Tensor, Tensor, Tensor]:
     """The same in units of a random radius, stretched, and that radius in pixels."""
     along, beside = axes(draws, size)
-    radius, stretch = draws.octaves(0.012 * size, 0.25 * size), draws.octaves(0.5, 2)
+    radius, stretch = draws.octaves(*of_radii), draws.octaves(0.5, 2)
     return along / (radius * stretch), beside / (radius / stretch), radius
 
 
@@ -206,7 +256,7 @@ def painted(images: Tensor, draws: Draws) -> Tensor:
     place = torch.randint(size * size, (count, 1, 1), generator=draws.generator, device=draws.device)
     own = images.flatten(2).gather(2, place.expand(count, channels, 1)).view(count, channels, 1, 1)
     colour = torch.where(draws.chance(0.3), own, colour)
-    return colour + draws.octaves(0.02, 1) * draws.shared().noise(1, size, roughness=0.8)
+    return colour + draws.octaves(0.02, 1) * draws.noise(1, size, roughness=0.8)
 
 
 def pasted(images: Tensor, draws: Draws) -> Tensor:
@@ -230,7 +280,7 @@ def jumped(images: Tensor, draws: Draws) -> Tensor:
 
 def warped(images: Tensor, draws: Draws) -> Tensor:
     size = images.shape[-1]
-    warp = draws.octaves(1, 8) * 2 / size * draws.shared().noise(2, size, roughness=0.4)
+    warp = draws.octaves(1, 8) * 2 / size * draws.noise(2, size, roughness=0.4)
     across, down = sides(images)
     return sampled(images, across + warp[:, :1], down + warp[:, 1:])
 
@@ -261,8 +311,8 @@ def altered(images: Tensor, draws: Draws) -> Tensor:
     found = torch.addcmul(sign * draws.octaves(0.1, 1), images, draws.uniform(0.6, 1.4))
     of_pixels, of_patches, _ = draws.parts(0.25, 0.25, 0.5)
     begin, end = of_pixels.count, of_pixels.count + of_patches.count
-    found[:begin] += of_pixels.octaves(0.05, 0.5) * draws.shared().normal(1, size, size)
-    found[begin:end] += of_patches.octaves(0.05, 0.5) * draws.shared().noise(1, size, roughness=0.9)
+    found[:begin] += of_pixels.octaves(0.05, 0.5) * of_pixels.normal(1, size, size)
+    found[begin:end] += of_patches.octaves(0.05, 0.5) * of_patches.noise(1, size, roughness=0.9)
     return found
 
 
@@ -274,7 +324,7 @@ def roughened(images: Tensor, draws: Draws) -> Tensor:
 
 def shading(images: Tensor, cell: int) -> Tensor:
     """Images without what is finer than cells of so many pixels."""
-    averages = F.avg_pool2d(images, cell)
+    averages = F.adaptive_avg_pool2d(images, max(images.shape[-1] // cell, 1))
     # Bilinear interpolation as a product of matrices: on a CPU several times faster than F.interpolate.
     identity = torch.eye(averages.shape[-1], device=images.device).unsqueeze(0)
     columns = F.interpolate(identity, size=images.shape[-1], mode="linear")[0]

@@ -211,7 +211,9 @@ def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> _B
     damaged, masks = corrupt_features(seen[:count], probability=recipe.corruption, generator=state.generator)
     masks = F.interpolate(masks, scale_factor=float(state.networks.config.cell))
     if count < len(pixels):
-        images, own = corrupt(_images(pixels[count:], state), probability=recipe.corruption, generator=state.generator)
+        images = _images(pixels[count:], state)
+        # What is small beside a cell does not show in its features.
+        images, own = corrupt(images, probability=recipe.corruption, generator=state.generator, small=False)
         damaged, masks = torch.cat([damaged, state.networks.see(images)]), torch.cat([masks, own])
     seen, damaged = _jittered([seen, damaged], recipe, state.generator)
     return _Batch(seen, damaged, masks, places, in_features=count)
@@ -305,6 +307,8 @@ def scoring_networks(state: TrainingState, recipe: Recipe) -> ScoringNetworks:
         for _ in range(STATISTICS_BATCHES):
             pixels, places, _ = batches.next()
             images = averaged.standardisation(pixels)
-            damaged, _ = corrupt(images, probability=recipe.corruption, generator=generator)
+            damaged, _ = corrupt(
+                images, probability=recipe.corruption, generator=generator, small=not recipe.over_features
+            )
             averaged(averaged.see(damaged), places)
     return averaged.eval()

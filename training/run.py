@@ -10,25 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from models.calibration import SCORE_NAMES, Calibration, FloatArray
 from models.checkpoint import Checkpoint, save_checkpoint
-from models.density import FeatureDistance, GoodFeatures
 from models.errors import DataError, TrainingDivergedError, TrainingError
 from models.files import replace_file
-from models.maps import GoodMaps, MapFusion, fusion_weights
-from models.networks import ScoringNetworks, SegmentationHead, cells_of, places_of
-from models.scoring import outputs, table, windows
-from training import metrics
 from training.backbone import Backbone, load_backbone
+from training.calibrating import calibrate, fit_distances
 from training.config import Recipe, recipe_from_dict
-from training.corruption import corrupt
 from training.data import Dataset, load_images, read_dataset
 from training.loop import scoring_networks, train
 from training.progress import progress_bar
@@ -37,8 +29,6 @@ from training.split import Split, split_good_images
 from training.state import TrainingState
 
 CHECKPOINT = "checkpoint"
-SCORING_BATCH = 32
-WEIGHT_IMAGES = 256  # training images that the weights of the scores are measured on
 
 
 @dataclass(frozen=True)
@@ -139,83 +129,6 @@ def split_images(dataset: Dataset, recipe: Recipe) -> Split:
     if len(split.training) < 2:
         raise DataError(f"{len(split.training)} training images in {dataset.root}: at least 2 are needed.")
     return split
-
-
-@torch.inference_mode()
-def fit_distances(networks: ScoringNetworks, pixels: Tensor) -> None:
-    """Learn what the head's features are like on good images, uint8 (N, C, S, S): those it was trained on."""
-    known = [GoodFeatures(cast(FeatureDistance, distance)) for distance in networks.distances]
-    config = networks.config
-    for chunk in torch.split(pixels, SCORING_BATCH) if known else ():
-        images = networks.standardisation(chunk.to(next(networks.parameters()).device))
-        places = places_of(config.image_size, images.device).unsqueeze(0)
-        for window in windows(config.image_size, config.side):
-            *_, features = networks(networks.see(images[..., *window]), places[..., *window])
-            for good, stride, level in zip(known, SegmentationHead.strides(config), features, strict=False):
-                good.add(level, *cells_of(window, stride))
-    for good in known:
-        good.fit()
-
-
-def calibrate(
-    networks: ScoringNetworks, training: Tensor, held_out: Tensor, parts: list[int], recipe: Recipe
-) -> tuple[MapFusion, Calibration]:
-    """Fit what turns the networks' outputs into verdicts. Images are uint8 (N, C, S, S).
-
-    parts: which part each held-out image shows.
-
-    By the held-out good images: the fusion of the maps, and the scores that p-values are counted from. By synthetic
-    defects on training images: the weights of the three scores, so that the held-out images decide nothing that would
-    make them look better than the parts to come.
-    """
-    fusion, fusions_of_the_others = good_maps(networks, held_out).fusions(parts)
-    scores = []
-    for image, own in zip(torch.split(held_out, 1), fusions_of_the_others, strict=True):
-        found = outputs(networks, image)
-        scores.append(table(found, own.to(found.maps.device)(found.maps)))
-    fusion = fusion.to(next(networks.parameters()).device)
-    weights = score_weights(networks, fusion, training[:WEIGHT_IMAGES], recipe)
-    return fusion, Calibration(np.concatenate(scores), alpha=recipe.alpha, weights=weights, parts=tuple(parts))
-
-
-def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
-    """What the fusion is made from, of good images uint8 (N, C, S, S)."""
-    good = GoodMaps(fusion_weights(networks.config), networks.config.cell)
-    for chunk in torch.split(held_out, SCORING_BATCH):
-        good.add(outputs(networks, chunk).maps)
-    return good
-
-
-def score_weights(networks: ScoringNetworks, fusion: MapFusion, pixels: Tensor, recipe: Recipe) -> tuple[float, ...]:
-    """How much each score counts, by its AUROC of synthetic defects on these good images."""
-    generator = torch.Generator(fusion.mean.device).manual_seed(recipe.seed)
-    found: dict[bool, list[FloatArray]] = {False: [], True: []}
-    for chunk in torch.split(pixels, SCORING_BATCH):
-        images = networks.standardisation(chunk.to(fusion.mean.device))
-        damaged, _ = corrupt(images, probability=1.0, generator=generator)
-        damaged_pixels = networks.standardisation.pixels(damaged)
-        for anomalous, batch in ((False, chunk), (True, damaged_pixels)):
-            found_outputs = outputs(networks, batch)
-            found[anomalous].append(table(found_outputs, fusion(found_outputs.maps)))
-    good, bad = (np.concatenate(found[anomalous]) for anomalous in (False, True))
-    labels = np.repeat([False, True], len(good))
-    return weights_of(
-        [
-            metrics.image_auroc(labels, np.concatenate([good[:, index], bad[:, index]]))
-            for index in range(len(SCORE_NAMES))
-        ]
-    )
-
-
-def weights_of(aurocs: list[float]) -> tuple[float, ...]:
-    """How far each AUROC is above chance, as a share of the best of them, to the eighth power: a weak score would add
-    more of its noise to a strong one than it knows.
-
-    Plus 0.001: synthetic defects are not all defects, and no score is to be without a say.
-    """
-    above = [max(auroc - 0.5, 0.0) for auroc in aurocs]
-    best = max(*above, 1e-9)
-    return tuple((share / best) ** 8 + 0.001 for share in above)
 
 
 def recipe_of(out: Path) -> Recipe:
