@@ -160,7 +160,7 @@ def scorer_of(recipe: Recipe, device: torch.device) -> Scorer:
     components = 1 + networks.evidence_maps
     flat, ends = torch.zeros(components, 32, 32), torch.zeros(2 * components)
     config = networks.config
-    fusion = MapFusion(flat, flat + 1, ends, ends + 1, fusion_weights(config), config.cell).to(device)
+    fusion = MapFusion(flat, flat + 1, ends, ends + 1, fusion_weights(config)[0], config.cell).to(device)
     return Scorer(networks, fusion, Calibration(scores=np.random.default_rng(0).normal(size=(19, 3)), alpha=0.05))
 
 

@@ -48,8 +48,8 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "distances by place only": ((0, 0, 0, 0, 0), (0, 0, 1, 1, 1)),
     "distances by place, residual 1": ((1, 1, 0, 0, 0), (1, 1, 0.5, 0.5, 0.5)),
     "distances by place, residual 1/2": ((0.5, 1, 0, 0, 0), (0.5, 1, 0.5, 0.5, 0.5)),
-    "distances by place, residual 1/4 (chosen)": OF_PIXELS,
-    "the same, a quarter of it by place": OF_PIXELS.with_place(0.25),
+    "distances by place, residual 1/4 (to choose from)": OF_PIXELS[0],
+    "the same, a quarter of what is by place (to choose from)": OF_PIXELS[1],
     "distances by place, residual 0": ((0, 1, 0, 0, 0), (0, 1, 0.5, 0.5, 0.5)),
 }
 # Over features there are no distances.
@@ -58,14 +58,14 @@ FEATURES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "residual by place": ((0, 0), (1, 0)),
     "logits as they are": ((0, 1), (0, 0)),
     "logits by place": ((0, 0), (0, 1)),
-    "residual and logits as they are (chosen)": OF_FEATURES,
+    "residual and logits as they are (to choose from)": OF_FEATURES[0],
     "residual 5/4, logits 1 as they are": ((1.25, 1), (0, 0)),
     "residual 3/2, logits 1 as they are": ((1.5, 1), (0, 0)),
     "residual 2, logits 1 as they are": ((2, 1), (0, 0)),
     "residual 1, logits 2 as they are": ((1, 2), (0, 0)),
     "residual and logits by place": ((0, 0), (1, 1)),
     "residual and logits in both views": ((1, 1), (1, 1)),
-    "residual by place, logits as they are": ((0, 1), (1, 0)),
+    "residual by place, logits as they are (to choose from)": OF_FEATURES[1],
     "residual in both views, logits as they are": ((1, 1), (1, 0)),
     "residual in both views, by place 1/2, logits as they are": ((1, 1), (0.5, 0)),
 }

@@ -176,8 +176,8 @@ def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, M
     networks = ScoringNetworks(config, Standardisation())
     networks.load_state_dict(own)
     mean, deviation, low, high = (state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high"))
-    fusion = MapFusion(mean, deviation, low, high, fusion_weights(config), config.cell)
-    # Checkpoints from before products had weights of their own hold none.
+    fusion = MapFusion(mean, deviation, low, high, fusion_weights(config)[0], config.cell)
+    # Checkpoints from before each product chose its own hold none.
     of_maps = state.pop("fusion.weights", fusion.weights)
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")

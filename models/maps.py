@@ -32,23 +32,23 @@ class Weights(NamedTuple):
     as_they_are: tuple[float, ...]
     by_place: tuple[float, ...]
 
-    def with_place(self, share: float) -> "Weights":
-        """The same with so much of what is compared by place."""
-        return Weights(self.as_they_are, tuple(share * weight for weight in self.by_place))
-
     def of(self, components: int) -> Tensor:
         """Of the first of the maps, (2 K,): without a head there is the residual alone."""
         return torch.tensor([*self.as_they_are[:components], *self.by_place[:components]])
 
 
-# Chosen by defects of kinds that training never draws, on held-out good images: benchmarks/unseen_defects.py. What a
-# product keeps of the comparison by place is chosen in the same way, by training/calibrating.py.
-OF_PIXELS = Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5))
-# Over features nothing is compared by place, for a reason that these defects do not show: docs/features.md.
-OF_FEATURES = Weights((1.0, 1.0), (0.0, 0.0))
+# What a product chooses from at the end of training: training/calibrating.py. Where a part fills the picture the
+# comparison by place finds more; before a background, where every deviation is a small one, it makes much of the least
+# change. Both found by defects of kinds that training never draws: benchmarks/unseen_defects.py.
+OF_PIXELS = (
+    Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.25, 1.0, 0.5, 0.5, 0.5)),
+    Weights((0.25, 1.0, 0.0, 0.0, 0.0), (0.0625, 0.25, 0.125, 0.125, 0.125)),
+)
+OF_FEATURES = (Weights((1.0, 1.0), (0.0, 0.0)), Weights((0.0, 1.0), (1.0, 0.0)))
 
 
-def fusion_weights(config: ModelConfig) -> Weights:
+def fusion_weights(config: ModelConfig) -> tuple[Weights, ...]:
+    """What there is to choose from; the first is what a checkpoint has that is older than the choice."""
     return OF_FEATURES if config.over_features else OF_PIXELS
 
 
@@ -151,7 +151,7 @@ class MapFusion(nn.Module):
         deviation: Tensor,
         low: Tensor,
         high: Tensor,
-        weights: Weights = OF_PIXELS,
+        weights: Weights = OF_PIXELS[0],
         cell: int = 1,
     ) -> None:
         """mean, deviation: of good maps, by place, (K, G, G). low, high: (2 K,)."""
@@ -194,7 +194,7 @@ class MapFusion(nn.Module):
 class GoodMaps:
     """What the fusion is made from: of n held-out good images, the moments of each cell of each component map."""
 
-    def __init__(self, weights: Weights = OF_PIXELS, cell: int = 1) -> None:
+    def __init__(self, weights: Weights = OF_PIXELS[0], cell: int = 1) -> None:
         self._weights = weights
         self._cell = cell
         self._moments: list[Tensor] = []  # (B, 3, K, G, G): mean, mean square, the pixel in the middle

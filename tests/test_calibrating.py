@@ -11,7 +11,7 @@ import training.calibrating
 from models.maps import OF_PIXELS, MapFusion
 from models.networks import ScoringNetworks
 from models.scoring import outputs
-from training.calibrating import BY_PLACE, chosen_weights, weights_of
+from training.calibrating import chosen_weights, weights_of
 from training.config import load_recipe
 
 
@@ -39,7 +39,6 @@ def test_a_product_keeps_as_much_of_the_comparison_by_place_as_finds_its_defects
     fusion = MapFusion(usual, torch.ones(2, 8, 8), torch.zeros(4), torch.ones(4))
     pixels = torch.randint(100, 156, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     of_maps, of_scores = chosen_weights(checkpoint.networks, fusion, pixels, load_recipe("tiny", []))
-    share = BY_PLACE[0] if lies_alike else BY_PLACE[1]
-    assert torch.equal(of_maps, OF_PIXELS.with_place(share).of(2))
+    assert torch.equal(of_maps, OF_PIXELS[0 if lies_alike else 1].of(2))
     assert of_scores[2] == pytest.approx(1.001)  # the map knows all, untrained networks nothing
     assert max(of_scores[:2]) < 0.5

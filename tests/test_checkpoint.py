@@ -19,7 +19,7 @@ from models.calibration import Calibration
 from models.checkpoint import FIELDS, Checkpoint, load_checkpoint, save_checkpoint
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.maps import OF_PIXELS, MapFusion
+from models.maps import OF_PIXELS, MapFusion, Weights
 from models.networks import ScoringNetworks, Standardisation, places_of
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def fusion_of(config: ModelConfig) -> MapFusion:
     components = 2 if config.head_width else 1
     numbers = torch.rand(2, components, 8, 8, generator=torch.Generator().manual_seed(0))
     ends = torch.linspace(-1, 1, 4 * components)
-    weights = OF_PIXELS.with_place(0.3)
+    weights = Weights((0.3, 0.9), (0.1, 0.2))
     return MapFusion(numbers[0], 1 + numbers[1], ends[: 2 * components], ends[2 * components :], weights)
 
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_from_before_products_had_weights_of_their_own_has_those_of
     state = safetensors.torch.load_file(folder / "model.safetensors")
     del state["fusion.weights"]
     rewrite(folder, {}, weights=safetensors.torch.save(state))
-    assert torch.equal(load_checkpoint(folder).fusion.weights, OF_PIXELS.of(2))
+    assert torch.equal(load_checkpoint(folder).fusion.weights, OF_PIXELS[0].of(2))
 
 
 @pytest.mark.parametrize(("had", "named"), [(8, 0), (0, 8)])

@@ -254,7 +254,7 @@ def test_maps_of_cells_are_joined_by_their_geometric_mean_and_brought_to_pixels(
 
 
 def test_what_one_map_of_cells_alone_finds_counts_less_than_what_both_do():
-    fusion = MapFusion(torch.zeros(2, 8, 8), torch.ones(2, 8, 8), torch.zeros(4), torch.ones(4), OF_FEATURES, cell=8)
+    fusion = MapFusion(torch.zeros(2, 8, 8), torch.ones(2, 8, 8), torch.zeros(4), torch.ones(4), OF_FEATURES[0], cell=8)
     alone, both = torch.full((2, 1, 2, 8, 8), -1000.0)
     alone[0, 0, 3, 3] = 10
     both[0, :, 3, 3] = 5

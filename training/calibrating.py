@@ -16,9 +16,6 @@ from training.config import Recipe
 
 SCORING_BATCH = 32
 WEIGHT_IMAGES = 64  # training images that weights are measured on, each with seven defects
-# How much the comparison by place may count. Where all parts lie alike and defects are small it finds more with the
-# whole; on a part before a background, where every deviation is a small one, with less: docs/detection.md.
-BY_PLACE = (1.0, 0.25)
 PLACES = 64  # pixels of a map, on each side, that are looked at: maps are smooth
 
 
@@ -63,7 +60,7 @@ def calibrate(
 
 def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
     """What the fusion is made from, of good images uint8 (N, C, S, S)."""
-    good = GoodMaps(fusion_weights(networks.config), networks.config.cell)
+    good = GoodMaps(fusion_weights(networks.config)[0], networks.config.cell)
     for chunk in torch.split(held_out, SCORING_BATCH):
         good.add(outputs(networks, chunk).maps)
     return good
@@ -75,11 +72,9 @@ def chosen_weights(
     """What each view of each map counts for on this product, (2 K,), and each of the three scores: by how well defects
     of unseen kinds are found on these good images.
 
-    Of the comparison by place that share which finds most, as images and as pixels. The scores by their AUROC.
+    Of the maps those of the weights to choose from that find most, as images and as pixels. The scores by their AUROC.
     """
-    usual, components = fusion_weights(networks.config), len(fusion.mean)
-    shares = BY_PLACE if any(usual.by_place) else BY_PLACE[:1]
-    candidates = [usual.with_place(share).of(components) for share in shares]
+    candidates = [weights.of(len(fusion.mean)) for weights in fusion_weights(networks.config)]
     device, random = next(networks.parameters()).device, torch.Generator().manual_seed(recipe.seed)
     stride = max(networks.config.image_size // PLACES, 1)
     maps: list[list[Tensor]] = [[] for _ in candidates]
@@ -91,8 +86,10 @@ def chosen_weights(
             own.append(fusion.joined(views, candidate)[:, ::stride, ::stride])  # (1 + kinds, P, P)
         scores.append(torch.stack([found.reconstruction, found.latent]).cpu())  # (2, 1 + kinds)
         masks.append(changed[:, ::stride, ::stride])
-    by_share = [unseen.figures(torch.stack(own), torch.stack(masks)) for own in maps]
-    worth = [sum(of_kind.image_auroc + of_kind.aupro for of_kind in found.values()) for found in by_share]
+    worth = []
+    for own in maps:
+        found_kinds = unseen.figures(torch.stack(own), torch.stack(masks)).values()
+        worth.append(sum(kind.image_auroc + kind.aupro for kind in found_kinds))
     best = worth.index(max(worth))
     peaks = torch.stack(maps[best]).flatten(2).amax(dim=2)  # (n, 1 + kinds)
     of_images = [*torch.stack(scores, dim=1), peaks]  # in the order of SCORE_NAMES
