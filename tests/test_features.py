@@ -14,7 +14,7 @@ from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.config import FEATURE_LAYERS, ModelConfig
 from models.errors import ConfigError
 from models.features import Features, centred, starts
-from models.maps import OF_FEATURES, MapFusion, enlarged, smooth
+from models.maps import OF_FEATURES, OF_PIXELS, MapFusion, enlarged, smooth
 from models.networks import ScoringNetworks, Standardisation, places_of
 from models.scoring import in_tiles, outputs
 from training.calibrating import good_maps
@@ -311,3 +311,4 @@ def test_a_checkpoint_carries_its_backbone(tmp_path, checkpoint: Checkpoint):
     assert torch.equal(outputs(loaded.networks, pixels).maps, found.maps)
     assert torch.equal(loaded.fusion.weights, fusion.weights)
     assert torch.equal(loaded.fusion(found.maps), fusion(found.maps))
+    assert not torch.equal(loaded.fusion.weights, MapFusion(flat, flat + 1, ends, ends + 1, OF_PIXELS[0]).weights)
