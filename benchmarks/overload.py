@@ -15,6 +15,7 @@ Prints a table in Markdown, writes docs/benchmarks/reliability-overload.json.
 """
 
 import asyncio
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,10 +63,14 @@ async def measure(
 ) -> dict[str, Any]:
     await closed_loop(service.port, requests, connections=PEAK_CONNECTIONS, seconds=min(2, peak_seconds))  # warm
     unloaded = await closed_loop(service.port, requests, connections=1, seconds=peak_seconds)
+    busy = [time.process_time()]
     crowd = await closed_loop(service.port, requests, connections=PEAK_CONNECTIONS, seconds=peak_seconds)
+    busy.append(time.process_time())
     peak = sum(sent.status == 200 for sent in crowd) / peak_seconds
     before = await asyncio.to_thread(service.memory_mib)
+    busy.append(time.process_time())
     load, memory = await open_loop(service, requests, rate=times * peak, seconds=seconds)
+    busy.append(time.process_time())
     after = await asyncio.to_thread(service.memory_mib)
     accepted = [sent for sent in load.all_sent if sent.status == 200]
     refused = [sent.latency for sent in load.all_sent if sent.status == 503]
@@ -90,6 +95,8 @@ async def measure(
         "left late p50 ms": percentile_ms(late, 50),
         "left late p99 ms": percentile_ms(late, 99),
         "left late at most ms": percentile_ms(late, 100),
+        "cores of the sender at the peak": (busy[1] - busy[0]) / peak_seconds,
+        "cores of the sender in the overload": (busy[3] - busy[2]) / seconds,
         "connections": len(load.connections),
         "most that waited for a connection": load.most_waiting,
         "memory MiB before": before,

@@ -1,6 +1,6 @@
 """Restarts and new checkpoints under load: no request is lost.
 
-    python -m benchmarks.restarts [--restarts 20] [--swaps 20]
+    python -m benchmarks.restarts [--restarts 20] [--swaps 20] [--kills 20]
 
 Restarts: while clients send images, each another one, the service gets SIGTERM. Every request of which all was sent is
 answered whole, or refused with 503 and Retry-After; the service exits with status 0 in time. Every second time twenty
@@ -10,9 +10,13 @@ Swaps: the service serves a folder of versions. While clients send images, the n
 service is told by SIGHUP: answers change to its sha256, and none fails. Then a version whose weights are damaged: the
 one before goes on, /models says what is wrong, and none fails. Then a good one again.
 
+Kills: while clients send images, the process that scores is killed by SIGKILL again and again. Every request is
+answered with scores.
+
 Prints tables in Markdown, writes docs/benchmarks/reliability-restarts.json.
 """
 
+import os
 import shutil
 import signal
 import tempfile
@@ -32,6 +36,7 @@ from benchmarks.exchange import ANSWERED, LOST, NOT_READ, NOT_SENT, REFUSED, Exc
 from benchmarks.running import DidNotStopError, Running, report, running
 from benchmarks.traffic import Client, SlowClients, picture
 from models.checkpoint import WEIGHTS_FILE, load_checkpoint, save_checkpoint
+from service.device_worker import NAME as DEVICE
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 SLOW = {"headers": 10, "body": 10}
@@ -51,6 +56,7 @@ class Load:
 def main(
     restarts: Annotated[int, typer.Option(help="How many.")] = 20,
     swaps: Annotated[int, typer.Option(help="How many new versions; 0 leaves out the damaged one, too.")] = 20,
+    kills: Annotated[int, typer.Option(help="How often the process that scores is killed.")] = 20,
     clients: Annotated[int, typer.Option(help="How many send at the same time.")] = 8,
     load_seconds: Annotated[float, typer.Option(help="Of load before each restart or swap.")] = 2,
     out: Annotated[Path | None, typer.Option(help="The JSON.")] = None,
@@ -80,6 +86,11 @@ def main(
         bars["a damaged version: the one before goes on, and /models says so"] = found.old_went_on and bool(
             found.problem
         )
+    if kills:
+        load, lost = kill_all(kills, clients, load_seconds)
+        record |= {"kills": kills, **told(load, "kills"), "processes of the device that were replaced": lost}
+        bars["kills: every request answered"] = load.counts.total() == load.counts[ANSWERED] > 0
+        bars["kills: each was noticed"] = lost == kills
     report("restarts", out, record, bars)
 
 
@@ -132,6 +143,20 @@ def loaded(service: Running, clients: int, load: Load, target: str) -> Iterator[
         over.set()
         for thread in threads:
             thread.join()
+
+
+def kill_all(kills: int, clients: int, load_seconds: float) -> tuple[Load, int]:
+    """What the clients have seen, and how often the service has replaced its process."""
+    load = Load()
+    with running() as service:
+        with loaded(service, clients, load, "/score"):
+            for _ in range(kills):
+                time.sleep(load_seconds)
+                (pid,) = service.pids_named(DEVICE)
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(load_seconds)
+        lost = service.metric("hazelnut_device_processes_lost_total")
+    return load, int(lost)
 
 
 @dataclass

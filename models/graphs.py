@@ -45,7 +45,7 @@ class GraphedScorer:
                     raise
 
     def _recorded(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
-        """The graph, the pixels that it reads, and what it writes: see Scorer.compute."""
+        """The graph, the pixels that it reads, and the scores and maps that it writes."""
         config = self._scorer.config
         shape = size, config.channels, config.image_size, config.image_size
         pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
@@ -56,7 +56,7 @@ class GraphedScorer:
         graph = torch.cuda.CUDAGraph()
         # thread_local: meanwhile another model may be scoring, in its thread.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._computing, capture_error_mode="thread_local"):
-            written = self._scorer.compute(pixels)
+            written = self._scorer.compute(pixels)[:2]
         return graph, pixels, written
 
     @torch.inference_mode()
@@ -83,13 +83,13 @@ class GraphedScorer:
         with torch.cuda.stream(self._fetching):
             scores, maps = (
                 torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
-                for part in results[:2]
+                for part in results
             )
             fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
             fetched.record()
 
         def result() -> Scores:
             fetched.synchronize()
-            return self._scorer.verdicts(scores, maps, results[2])
+            return self._scorer.verdicts(scores, maps)
 
         return BatchUnderWay(fetched.query, result)

@@ -140,16 +140,12 @@ def table(found: Outputs, maps: Tensor) -> FloatArray:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Of B images. `scores` is (B, 3) in the order of SCORE_NAMES; `maps` (B, S, S) is >= 0.
-
-    Reconstructions are intensities (B, C, S, S), in [0, 1] or a little outside, on the scorer's device.
-    """
+    """Of B images. `scores` is (B, 3) in the order of SCORE_NAMES; `maps` (B, S, S) is >= 0."""
 
     scores: FloatArray
     anomaly_score: FloatArray  # (B,) in standard deviations of good images
     p_value: FloatArray  # (B,) in (0, 1]
     maps: MapArray
-    reconstructions: Tensor
 
     def named(self, index: int) -> dict[str, float]:
         """The three scores of one image by name."""
@@ -171,7 +167,7 @@ class Scorer:
 
     def score(self, pixels: Tensor) -> Scores:
         """Score images of models.images.image_tensor, stacked: uint8 (B, C, S, S)."""
-        return self.verdicts(*self.compute(pixels))
+        return self.verdicts(*self.compute(pixels)[:2])
 
     def begin(self, pixels: Tensor) -> "Future[Scores]":
         """`score`, as models.graphs does it. Here it is done at once."""
@@ -189,7 +185,7 @@ class Scorer:
         maps = self.fusion(found.maps)
         return columns(found, maps), maps, found.reconstructions
 
-    def verdicts(self, scores: Tensor, maps: Tensor, reconstructions: Tensor) -> Scores:
+    def verdicts(self, scores: Tensor, maps: Tensor) -> Scores:
         """The host's part."""
         in_host = scores.double().cpu().numpy()
         anomaly_score = self.calibration.anomaly_score(in_host)
@@ -198,7 +194,6 @@ class Scorer:
             anomaly_score=anomaly_score,
             p_value=self.calibration.p_value(anomaly_score),
             maps=maps.cpu().numpy(),
-            reconstructions=reconstructions,
         )
 
 

@@ -7,14 +7,16 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
+from models.scoring import choose_device
 from service import lookout, pages
 from service.batching import Batcher
 from service.decoding import Decoder
+from service.device import Device
 from service.draining import Drain
 from service.errors import add_error_handlers, documented
 from service.logs import log_config
@@ -28,27 +30,28 @@ from service.settings import Settings, load_settings
 from service.telemetry import Telemetry, package_version
 
 
-def create_app(
-    settings: Settings | None = None, *, checkpoint: Checkpoint | None = None, cores: int | None = None
-) -> FastAPI:
+def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | None = None) -> FastAPI:
     """The service as an ASGI application, with its models in memory.
 
-    settings: None reads the environment. checkpoint: serve this one, whatever the settings name. cores: that scoring
-    may take; None: as many as torch would. Raises ConfigError, and CheckpointError where nothing can be served.
+    settings: None reads the environment. checkpoint: serve this one, whatever the settings name. Raises ConfigError,
+    and CheckpointError where nothing can be served.
     """
     settings, telemetry = settings or load_settings(), Telemetry()
-    registry = Registry(settings, telemetry, given=checkpoint)
+    device = Device(choose_device(settings.device), telemetry)
+    try:
+        registry = Registry(settings, telemetry, load=device.load, given=checkpoint)
+    except CheckpointError:
+        device.close()
+        raise
     keys = None if settings.api_keys is None else read_keys(settings.api_keys)
-    service = Service(settings=settings, telemetry=telemetry, registry=registry, drain=Drain(), keys=keys)
+    service = Service(settings, telemetry, registry, Drain(), keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         decoder = await Decoder(max_pixels=settings.max_pixels, telemetry=telemetry).start()
-        batcher = Batcher(
-            max_images=settings.max_waiting, max_bytes=settings.max_waiting_bytes, telemetry=telemetry, cores=cores
-        )
+        batcher = Batcher(max_images=settings.max_waiting, max_bytes=settings.max_waiting_bytes, telemetry=telemetry)
         watching = asyncio.create_task(registry.watch(settings.look_seconds))
-        service.running = Running(registry, decoder, batcher, telemetry)
+        service.running = Running(device, registry, decoder, batcher, telemetry)
         try:
             yield
         finally:
@@ -58,6 +61,7 @@ def create_app(
             registry.close()
             await decoder.close()
             batcher.close()
+            device.close()
 
     app = FastAPI(
         title="Hazelnut",
@@ -89,20 +93,8 @@ def serve(settings: Settings) -> None:
     """
     logging.captureWarnings(True)  # into the log, like everything else
     check_exposure(settings.host, settings.api_keys, behind_loopback=settings.behind_loopback)
-    # Only the device's thread computes with several. Every thread that does so keeps as many others ready, and where
-    # these are more than there are cores, GNU's OpenMP lets them sleep between two operations: an image that takes 36
-    # ms would take 55.
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _serve(settings, cores)
-    finally:
-        torch.set_num_threads(cores)
-
-
-def _serve(settings: Settings, cores: int) -> None:
     with bound_socket(settings.host, settings.port) as listener:
-        app = create_app(settings, cores=cores)
+        app = create_app(settings)
         service: Service = app.state.service
         config = server_config(
             app,

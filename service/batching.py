@@ -2,8 +2,6 @@
 
 import asyncio
 import math
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -11,47 +9,26 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models.errors import ImageFailedError
 from models.graphs import SIZES
 from models.scoring import Scores
-from service.decode_worker import YIELDING, Pixels
+from service.decode_worker import Pixels
+from service.device_worker import Scoring, UnderWay
 from service.errors import ServiceError, logger
 from service.telemetry import Telemetry
 
 LARGEST_BATCH = SIZES[0]
 LATELY = 0.1  # weight of the newest request in the time that requests have taken lately
-# Of one core for one image, twice what decoding a photograph of a megapixel takes. A model that is quicker scores on
-# half of the cores: decoding is what its images wait for, and threads that wait for one another on a core that is taken
-# cost more than they bring.
-HEAVY_SECONDS = 0.016
 
 
 class BusyError(ServiceError):
     def __init__(self, message: str, *, retry_seconds: int) -> None:
         super().__init__("busy", message, headers={"Retry-After": str(retry_seconds)})
-
-
-class UnderWay(Protocol):
-    """A batch on the device: a Future, or a models.graphs.BatchUnderWay."""
-
-    def done(self) -> bool: ...
-
-    def result(self) -> Scores:
-        """Waits for it. Raises what made it fail."""
-
-
-class Scoring(Protocol):
-    """A models.scoring.Scorer, a models.graphs.GraphedScorer, or what a test has in its place."""
-
-    def begin(self, pixels: Tensor, /) -> UnderWay:
-        """uint8 (B, C, S, S)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +57,15 @@ class _Begun:
 
 class Batcher:
     """Scores the images of all models in one thread. While a batch is on the device the next one gathers, so that a
-    lone image never waits for others and a crowd shares the device. A GPU is given what waits before its last batch is
-    done, and copies it meanwhile. Its methods belong to the event loop that made it.
+    lone image never waits for others and a crowd shares the device. A full one has nothing to wait for: it is sent
+    before the last one is done, and the device makes no pause. Its methods belong to the event loop that made it.
     """
 
-    def __init__(self, *, max_images: int, max_bytes: int, telemetry: Telemetry, cores: int | None = None) -> None:
-        """cores: that torch may compute with; None takes as many as it would."""
+    def __init__(self, *, max_images: int, max_bytes: int, telemetry: Telemetry) -> None:
         self._max_images, self._max_bytes = max_images, max_bytes
-        self._cores = cores or torch.get_num_threads()
         self._images = self._bytes = 0
         self._request_seconds = 0.0
         self._largest: WeakKeyDictionary[Scoring, int] = WeakKeyDictionary()
-        self._core_seconds: WeakKeyDictionary[Scoring, float] = WeakKeyDictionary()
         self._telemetry = telemetry
         telemetry.images_waiting_limit.set(max_images)
         self._loop = asyncio.get_running_loop()
@@ -164,8 +138,6 @@ class Batcher:
             return time.perf_counter() - self._queue[0].since if self._queue else 0.0
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # where this is the priority of the thread alone
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + YIELDING)
         on_device: deque[tuple[list[_Waiting], _Begun]] = deque()
         while True:
             batch = self._next_batch(wait=not on_device)
@@ -179,12 +151,12 @@ class Batcher:
                 self._loop.call_soon_threadsafe(_deliver, finished, self._outcomes(begun))
 
     def _next_batch(self, *, wait: bool) -> list[_Waiting]:
-        """wait: sleep while nothing waits; then empty when closed."""
+        """wait: sleep while nothing waits; then empty when closed. Otherwise empty where no full one waits."""
         batch: list[_Waiting] = []
         with self._changed:
             while not batch:
                 self._changed.wait_for(lambda: self._queue or self._closed or not wait)
-                if not self._queue:
+                if not self._queue or not (wait or self._is_full()):
                     return []
                 batch = self._take()
         now = time.perf_counter()
@@ -192,6 +164,10 @@ class Batcher:
             self._telemetry.stage("queue").observe(now - waiting.since)
         self._telemetry.batch_images.observe(len(batch))
         return batch
+
+    def _is_full(self) -> bool:
+        scorer = self._queue[0].scorer
+        return sum(waiting.scorer is scorer for waiting in self._queue) >= self._largest_of(scorer)
 
     def _take(self) -> list[_Waiting]:
         """The oldest image and those of the same model, up to the largest batch; the others keep their order."""
@@ -209,16 +185,10 @@ class Batcher:
         return self._largest.get(scorer, LARGEST_BATCH)
 
     def _begin(self, scorer: Scoring, pixels: list[Pixels]) -> _Begun:
-        # The least that it has taken tells most: what else the cores do only adds to it.
-        least = self._core_seconds.get(scorer, math.inf)
-        threads = self._cores if HEAVY_SECONDS < least < math.inf else max(1, self._cores // 2)
-        torch.set_num_threads(threads)
         since = time.perf_counter()
         scores: UnderWay
         try:
             scores = scorer.begin(torch.from_numpy(np.stack(pixels)))
-            # On a GPU it is only begun by now, and takes no core.
-            self._core_seconds[scorer] = min(least, threads * (time.perf_counter() - since) / len(pixels))
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread and the other images go on
             scores = Future()
             scores.set_exception(error)
@@ -234,7 +204,7 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - the same
             if len(pixels) == 1:
                 logger.exception("an image could not be scored")
-                return [ImageFailedError(f"scoring the image failed: {type(error).__name__}.")]
+                return [ImageFailedError("scoring the image failed; the service's log has the traceback.")]
             if isinstance(error, torch.OutOfMemoryError):
                 self._largest[scorer] = half
             logger.warning("a batch of %d images failed and is halved: %s", len(pixels), error)

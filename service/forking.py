@@ -1,4 +1,4 @@
-"""The process from which decoding processes are forked. It imports torch once, for all of them and their successors."""
+"""The process from which the others are forked. It imports torch once, for all of them and their successors."""
 
 import multiprocessing
 from multiprocessing.context import ForkServerContext
@@ -8,7 +8,7 @@ from multiprocessing.forkserver import ensure_running
 def forking_context() -> ForkServerContext:
     """Its processes come from one without threads, into which this one's memory and files have not leaked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["service.decode_worker"])
+    context.set_forkserver_preload(["service.decode_worker", "service.device_worker"])
     return context
 
 

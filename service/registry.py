@@ -10,20 +10,17 @@ takes over; one that fails is reported, and the version before it goes on. Reque
 import asyncio
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from models.calibration import Calibration
 from models.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint, load_checkpoint
 from models.errors import CheckpointError
-from models.graphs import GraphedScorer
-from models.scoring import choose_device
-from service.batching import Scoring
+from service.device_worker import DeviceError, Scoring
 from service.drift import Drift
 from service.errors import ServiceError, logger, shown
 from service.settings import Settings
@@ -90,26 +87,27 @@ class Version:
 class Registry:
     """Reading and forgetting happen in one thread, `loading`; the event loop only looks up."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, *, given: Checkpoint | None = None) -> None:
-        """given: serve this one, whatever is on disk. Raises CheckpointError where there is nothing to serve, and
-        ConfigError for a device that is not there.
+    def __init__(
+        self,
+        settings: Settings,
+        telemetry: Telemetry,
+        *,
+        load: Callable[[Checkpoint], Scoring],
+        given: Checkpoint | None = None,
+    ) -> None:
+        """load: brings a model to the device, as service.device.Device does. given: serve this one, whatever is on
+        disk. Raises CheckpointError where there is nothing to serve.
         """
         self._root = settings.checkpoint
         self._room = settings.model_bytes
-        self._device = choose_device(settings.device)
+        self._load = load
         self._telemetry = telemetry
         self._versions: dict[Path, Version] = {}
         self._answering: dict[str, Version] = {}  # by the product's name
-        self._loading = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix="loading",
-            initializer=torch.set_num_threads,  # see service.app.serve
-            initargs=(1,),
-        )
+        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading")
         self._look_now = asyncio.Event()
         self._forget = False
         self._watched = given is None
-        telemetry.running_on(self._device)
         if given is not None:
             found = Found(self._root, product=None, version=1, size=0, stamp=())
             version = Version(found, name=checkpoint_name(given))
@@ -118,10 +116,6 @@ class Registry:
             self._take_over(version)
         else:
             self._first_look()
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def answering(self) -> list[Version]:
         """The version of each product that answers where none is asked for, by name."""
@@ -273,10 +267,12 @@ class Registry:
             raise
         except torch.OutOfMemoryError as error:
             raise CheckpointError(f"{version.found.folder} does not fit into the device's memory.") from error
+        except DeviceError as error:
+            raise CheckpointError(f"{version.found.folder} cannot be brought to the device: {error}") from error
 
     def _made_ready(self, version: Version, checkpoint: Checkpoint) -> ServedModel:
         version.name = version.found.product or checkpoint_name(checkpoint)
-        scorer = warm_scorer(checkpoint, self._device)
+        scorer = self._load(checkpoint)
         calibration = checkpoint.calibration
         drift = version.known.drift if version.known else Drift(calibration.n)
         version.known = About(version.name, checkpoint.weights_sha256, calibration, drift)
@@ -342,13 +338,3 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"the checkpoint's origin has the name {name!r}: a model is served under a name.")
     return name
-
-
-def warm_scorer(checkpoint: Checkpoint, device: torch.device) -> Scoring:
-    """The checkpoint's scorer on its device, after one black image. Raises CheckpointError for one not to be served."""
-    config = checkpoint.config
-    scorer = checkpoint.scorer(device)
-    black = torch.zeros(1, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
-    if not np.isfinite(scorer.score(black).scores).all():
-        raise CheckpointError("the checkpoint scores a black image with what is not a finite number.")
-    return GraphedScorer(scorer) if device.type == "cuda" else scorer

@@ -145,7 +145,7 @@ async def model_details(name: Annotated[str, Path(max_length=255)], running: ARu
         **_summary(version, running.registry).model_dump(),
         map_level=model.calibration.map_level(model.calibration.alpha),
         good_scores=model.calibration.good_scores.tolist(),
-        device=str(running.registry.device),
+        device=str(running.device.kind),
         config=asdict(checkpoint.config),
         origin=checkpoint.origin,
         metrics=checkpoint.metrics,

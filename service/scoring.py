@@ -7,6 +7,7 @@ from models.errors import ImageError
 from models.scoring import MapArray
 from service.batching import Batcher
 from service.decoding import Decoder
+from service.device import Device
 from service.forms import Upload
 from service.registry import Registry, ServedModel
 from service.telemetry import Telemetry
@@ -16,6 +17,7 @@ from service.telemetry import Telemetry
 class Running:
     """What a service has from the moment that it is ready."""
 
+    device: Device
     registry: Registry
     decoder: Decoder
     batcher: Batcher

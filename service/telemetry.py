@@ -3,24 +3,20 @@
 Labels come from closed sets alone: whatever clients send, the number of series stays what it is.
 """
 
-import os
-import resource
-import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from service.device_worker import Memory
 from service.drift import Drift
 from service.errors import IMAGE_ERRORS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 STAGES = ("receive", "wait", "decode", "queue", "device", "encode")
-CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 NO_ANSWER = "none"  # status class where the client left before an answer
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -119,6 +115,11 @@ class Telemetry:
             ["reason"],
             registry=self.registry,
         )
+        self._device_lost = Counter(
+            "hazelnut_device_processes_lost_total",
+            "Processes of the device that died and were replaced.",
+            registry=self.registry,
+        )
         self._drift = Gauge(
             "hazelnut_drift",
             "Kolmogorov-Smirnov distance of the last p-values from those of good parts; NaN before the first.",
@@ -145,7 +146,7 @@ class Telemetry:
         )
         self._device_memory = Gauge(
             "hazelnut_device_memory_bytes",
-            "Memory in use on the device, by whatever process; on a CPU, of this process.",
+            "Memory in use on the device, by whatever process; on a CPU, of the process that scores.",
             registry=self.registry,
         )
         self._device_memory_limit = Gauge(
@@ -164,8 +165,10 @@ class Telemetry:
 
     def running_on(self, device: torch.device) -> None:
         self._build.info({"version": package_version(), "torch": torch.__version__, "device": str(device)})
-        self._device_memory.set_function(lambda: memory_in_use(device))
-        self._device_memory_limit.set(memory_limit(device))
+
+    def device_has(self, memory: Memory) -> None:
+        for gauge, size in zip((self._device_memory, self._device_memory_limit), memory, strict=True):
+            gauge.set(size)
 
     def route_begins(self, route: str, method: str) -> None:
         """Let the route's series begin at zero: a rate needs the sample before the first failure."""
@@ -193,6 +196,9 @@ class Telemetry:
 
     def model_refused(self) -> None:
         self._models_refused.inc()
+
+    def device_lost(self) -> None:
+        self._device_lost.inc()
 
     def decoder_lost(self, reason: str) -> None:
         """reason: died or slow."""
@@ -238,27 +244,6 @@ class _WithoutCreated(Collector):
         for metric in self.registry.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
-
-
-def memory_in_use(device: torch.device) -> float:
-    """Bytes."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free
-    if sys.platform != "linux":
-        return float("nan")
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def memory_limit(device: torch.device) -> float:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return float(CONTAINER_MEMORY.read_text())
-    except (OSError, ValueError):  # no container, or one with the limit "max"
-        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
 
 
 def route_template(matched: object, path: str, pages: Iterable[str]) -> str:

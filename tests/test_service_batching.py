@@ -58,7 +58,6 @@ class Device:
             anomaly_score=scores,
             p_value=scores / 256,
             maps=np.zeros((len(numbers), 2, 2), dtype=np.float32),
-            reconstructions=pixels.float(),
         )
 
 
@@ -195,7 +194,7 @@ class Gpu:
         self.batches[number].set_result(None)  # type: ignore[arg-type]
 
 
-def test_a_gpu_is_given_the_next_batch_before_the_last_is_done_and_no_third():
+def test_a_full_batch_is_sent_before_the_last_is_done_and_no_third_is():
     async def test(batcher: Batcher, _: Device) -> None:
         gpu = Gpu()
         first = asyncio.ensure_future(batcher.score(gpu, image(99)))
@@ -208,10 +207,12 @@ def test_a_gpu_is_given_the_next_batch_before_the_last_is_done_and_no_third():
         assert gpu.events[2:] == ["begin 1", "begin 2", "result 1"]  # 40 images are three batches
         assert not any(one.done() for one in crowd)
         gpu.compute(1)
-        await until(lambda: len(gpu.events) == 7)
-        assert gpu.events[5:] == ["begin 3", "result 2"]
+        await until(lambda: len(gpu.events) == 6)
+        assert gpu.events[5:] == ["result 2"]  # what is left gathers
         assert [one.done() for one in crowd] == [True] * 16 + [False] * 24
         gpu.compute(2)
+        await until(lambda: len(gpu.events) == 8)
+        assert gpu.events[6:] == ["begin 3", "result 3"]
         gpu.compute(3)
         assert [number_of(one) for one in await asyncio.gather(*crowd)] == list(range(20, 60))
 
@@ -372,28 +373,3 @@ TestRequests = Requests.TestCase
 TestRequests.settings = settings(
     max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
-
-
-def test_a_light_model_leaves_half_of_the_cores_to_decoding_and_a_heavy_one_takes_all():
-    threads: dict[float, list[int]] = {0.0: [], 0.02: []}
-
-    class Busy(Device):
-        def __init__(self, seconds: float) -> None:
-            super().__init__()
-            self.seconds = seconds
-
-        def score(self, pixels: Tensor) -> Scores:
-            threads[self.seconds].append(torch.get_num_threads())
-            time.sleep(self.seconds * len(pixels))
-            return super().score(pixels)
-
-    async def test() -> None:
-        batcher = Batcher(max_images=99, max_bytes=999, telemetry=Telemetry(), cores=4)
-        light, heavy = Busy(0.0), Busy(0.02)
-        for number in range(3):
-            await batcher.score(light, image(number))
-            await batcher.score(heavy, image(number))
-        batcher.close()
-
-    asyncio.run(test())
-    assert threads == {0.0: [2, 2, 2], 0.02: [2, 4, 4]}

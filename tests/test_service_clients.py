@@ -15,12 +15,13 @@ from starlette.types import Message
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.scoring import Scorer, Scores
 from service.app import create_app
+from service.device import Batch, DeviceScorer
 from service.settings import Settings
 from tests.conftest import png, until
 
 DATA = png()
+FAILED = "scoring the image failed; the service's log has the traceback."
 
 
 class Device:
@@ -36,16 +37,16 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    device, score = Device(), Scorer.score
+    device, begin = Device(), DeviceScorer.begin
 
-    def gated(self: Scorer, pixels: Tensor) -> Scores:
+    def gated(self: DeviceScorer, pixels: Tensor) -> Batch:
         device.batches.append(len(pixels))
         assert device.gate.wait(30)
         if device.fails_on_black and not pixels.flatten(1).any(dim=1).all():
             raise RuntimeError("a black image")
-        return score(self, pixels)
+        return begin(self, pixels)
 
-    monkeypatch.setattr(Scorer, "score", gated)
+    monkeypatch.setattr(DeviceScorer, "begin", gated)
     yield device
     device.gate.set()
 
@@ -244,7 +245,7 @@ def test_an_image_that_cannot_be_scored_fails_alone(checkpoint, device):
         response = client.post("/score", files=[("files", ("a.png", data)) for data in images])
         assert response.status_code == 200
         first, black, last = response.json()["results"]
-        assert black["error"] == {"code": "image_failed", "message": "scoring the image failed: RuntimeError."}
+        assert black["error"] == {"code": "image_failed", "message": FAILED}
         assert first["error"] is last["error"] is None
         assert first["p_value"] > 0 < last["p_value"]
         alone = client.post("/score", content=images[1], headers={"Content-Type": "image/png"})

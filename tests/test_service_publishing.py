@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import CheckpointError, ConfigError
+from service.device_worker import warm_scorer
 from service.publishing import publish
 from service.registry import Registry
 from service.settings import Settings
@@ -22,7 +25,7 @@ def test_publish_makes_the_next_version_and_the_registry_serves_it(folder, tmp_p
     assert publish(folder, root, name="nut").name == "11"
     for name in ("model.safetensors", "model.json"):
         assert (root / "nut" / "11" / name).read_bytes() == (folder / name).read_bytes()
-    registry = Registry(Settings(checkpoint=root, device="cpu"), Telemetry())
+    registry = Registry(Settings(checkpoint=root), Telemetry(), load=partial(warm_scorer, device=torch.device("cpu")))
     assert [(each.name, each.found.version) for each in registry.answering()] == [("bolt", 1), ("nut", 11)]
     assert (root / "nut" / "11").stat().st_mode & 0o777 == 0o755
 

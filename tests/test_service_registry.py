@@ -20,11 +20,17 @@ from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 from service.app import create_app
+from service.device_worker import Scoring, warm_scorer
 from service.errors import ServiceError
 from service.registry import Registry
 from service.settings import Settings
 from service.telemetry import Telemetry
 from tests.conftest import png, until
+
+
+def load(checkpoint: Checkpoint) -> Scoring:
+    """In this process."""
+    return warm_scorer(checkpoint, torch.device("cpu"))
 
 
 def other(checkpoint: Checkpoint, seed: int) -> Checkpoint:
@@ -46,7 +52,7 @@ def root(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 def run(root: Path, test: Callable[[Registry, Telemetry], Coroutine[Any, Any, None]], **settings: Any) -> None:
     async def whole() -> None:
         telemetry = Telemetry()
-        registry = Registry(Settings(checkpoint=root, device="cpu", **settings), telemetry)
+        registry = Registry(Settings(checkpoint=root, **settings), telemetry, load=load)
         watching = asyncio.create_task(registry.watch(3600))
         try:
             await asyncio.wait_for(test(registry, telemetry), 60)
@@ -334,7 +340,7 @@ def test_looking_that_fails_is_logged_and_goes_on(root, monkeypatch, caplog):
 def test_start_without_a_model_is_refused(tmp_path, make, says):
     make(tmp_path / "models")
     with pytest.raises(CheckpointError, match=says):
-        Registry(Settings(checkpoint=tmp_path / "models", device="cpu"), Telemetry())
+        Registry(Settings(checkpoint=tmp_path / "models"), Telemetry(), load=load)
 
 
 def test_start_with_a_broken_product_serves_the_others(root, caplog):
@@ -353,7 +359,7 @@ def test_start_with_nothing_but_broken_ones_is_refused(root):
     for record in root.glob("*/*/model.json"):
         record.write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
-        Registry(Settings(checkpoint=root, device="cpu"), Telemetry())
+        Registry(Settings(checkpoint=root), Telemetry(), load=load)
 
 
 def test_models_of_different_sizes_answer_side_by_side_over_http(root, checkpoint):

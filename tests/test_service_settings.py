@@ -97,17 +97,6 @@ def test_serve_refuses_cuda_where_there_is_none(tmp_path):
         serve(Settings(port=0, device="cuda", checkpoint=tmp_path))
 
 
-def test_while_it_serves_no_thread_but_the_devices_computes_with_several(monkeypatch):
-    before, while_serving = torch.get_num_threads(), []
-    monkeypatch.setattr("service.app.Server.run", lambda *_, **__: while_serving.append(torch.get_num_threads()))
-    torch.set_num_threads(3)
-    try:
-        serve(Settings(port=0, device="cpu"))
-        assert (while_serving, torch.get_num_threads()) == ([1], 3)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_docs_name_every_setting_with_its_default():
     for name, field in Settings.model_fields.items():
         assert field.description

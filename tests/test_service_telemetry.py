@@ -1,18 +1,21 @@
 """What /metrics says, and that clients cannot make it grow."""
 
-import os
 import random
+import resource
+from pathlib import Path
 
+import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.device_worker import memory_of
 from service.errors import ServiceError
 from service.settings import Settings
-from service.telemetry import memory_in_use, memory_limit
 from tests.conftest import png
 
+PAGE = resource.getpagesize()
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -137,17 +140,12 @@ def test_metrics_say_how_many_images_a_models_calibration_has(client, checkpoint
     assert value(scrape(client), "hazelnut_calibration_images", "model=nut") == checkpoint.calibration.n == 19
 
 
-def test_metrics_say_how_much_memory_there_may_be(client, tmp_path, monkeypatch):
-    device = torch.device("cpu")
-    limit = value(scrape(client), "hazelnut_device_memory_limit_bytes")
-    assert limit == memory_limit(device) > memory_in_use(device) > 0
-    monkeypatch.setattr("service.telemetry.CONTAINER_MEMORY", tmp_path / "memory.max")
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert memory_limit(device) == machine  # no such file
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory_limit(device) == machine
-    (tmp_path / "memory.max").write_text("1073741824\n")
-    assert memory_limit(device) == 2**30
+def test_metrics_say_how_much_memory_the_process_that_scores_has_and_may_have(client):
+    device = client.app.state.service.running.device
+    assert client.post("/score", files=[("files", ("a.png", png()))]).status_code == 200
+    pages = int(Path(f"/proc/{device.pid}/statm").read_text().split()[1])
+    assert value(scrape(client), "hazelnut_device_memory_bytes") == pytest.approx(pages * PAGE, rel=0.05)
+    assert value(scrape(client), "hazelnut_device_memory_limit_bytes") == memory_of(torch.device("cpu"))[1]
 
 
 def test_metrics_have_help_and_a_prefix(client):

@@ -74,13 +74,14 @@ def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | Fa
             batch = paths[start : start + BATCH]
             read_images = list(pool.map(read, batch))
             pixels = [item[1] for item in read_images if not isinstance(item, FailedImage)]
-            scores = scorer.score(torch.stack(pixels)) if pixels else None
+            if pixels:
+                columns, maps, reconstructions = scorer.compute(torch.stack(pixels))
+                scores = scorer.verdicts(columns, maps)
             index = 0
             for path, item in zip(batch, read_images, strict=True):
                 if isinstance(item, FailedImage):
                     yield item
                     continue
-                assert scores is not None  # one image was read, so there were scores
                 yield ScoredImage(
                     path=path,
                     image=item[0],
@@ -89,7 +90,7 @@ def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | Fa
                     p_value=float(scores.p_value[index]),
                     anomaly_map=scores.maps[index],
                     pixels=item[1],
-                    reconstruction=None if config.over_features else scores.reconstructions[index].cpu(),
+                    reconstruction=None if config.over_features else reconstructions[index].cpu(),
                 )
                 index += 1
 
