@@ -57,10 +57,6 @@ class Device:
         weakref.finalize(scorer, self._gone.append, scorer.key).atexit = False
         return scorer
 
-    def begin(self, scorer: "DeviceScorer", pixels: Tensor) -> "Batch":
-        """Start scoring uint8 (B, C, S, S)."""
-        return Batch(self, scorer, pixels.numpy())
-
     def close(self) -> None:
         """Nothing may be under way any more."""
         with self._loading:
@@ -106,19 +102,19 @@ class DeviceScorer:
 
     def begin(self, pixels: Tensor) -> "Batch":
         """As models.graphs.GraphedScorer does it."""
-        return self.device.begin(self, pixels)
+        return Batch(self, pixels.numpy())
 
 
 class Batch:
     """On the device. As a Future: `done`, and `result`, which waits."""
 
-    def __init__(self, device: Device, scorer: DeviceScorer, pixels: NDArray[np.uint8]) -> None:
+    def __init__(self, scorer: DeviceScorer, pixels: NDArray[np.uint8]) -> None:
         self.scorer, self.pixels = scorer, pixels
         self.outcome: Scores | Exception | None = None
-        self._device = device
+        self._device = scorer.device
         self._process: _Process | None = None
         with suppress(DeviceDiedError):  # `result` tries again
-            self._process = device.sent(self)
+            self._process = self._device.sent(self)
 
     def done(self) -> bool:
         return self.outcome is not None or self._process is None or self._process.has_answered()

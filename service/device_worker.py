@@ -191,14 +191,10 @@ def memory_of(device: torch.device) -> Memory:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
-    if sys.platform != "linux":
-        return math.nan, _machine_memory()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    used = math.nan
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     try:
-        return pages * resource.getpagesize(), float(CONTAINER_MEMORY.read_text())
+        return used, float(CONTAINER_MEMORY.read_text())
     except (OSError, ValueError):  # no container, or one with the limit "max"
-        return pages * resource.getpagesize(), _machine_memory()
-
-
-def _machine_memory() -> float:
-    return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+        return used, os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()

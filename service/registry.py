@@ -268,7 +268,9 @@ class Registry:
         except torch.OutOfMemoryError as error:
             raise CheckpointError(f"{version.found.folder} does not fit into the device's memory.") from error
         except DeviceError as error:
-            raise CheckpointError(f"{version.found.folder} cannot be brought to the device: {error}") from error
+            logger.exception("a model cannot be brought to the device")
+            message = f"{version.found.folder} cannot be brought to the device; the log has the traceback."
+            raise CheckpointError(message) from error
 
     def _made_ready(self, version: Version, checkpoint: Checkpoint) -> ServedModel:
         version.name = version.found.product or checkpoint_name(checkpoint)

@@ -20,7 +20,7 @@ from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 from service.app import create_app
-from service.device_worker import Scoring, warm_scorer
+from service.device_worker import DeviceError, Scoring, warm_scorer
 from service.errors import ServiceError
 from service.registry import Registry
 from service.settings import Settings
@@ -384,3 +384,15 @@ def test_models_of_different_sizes_answer_side_by_side_over_http(root, checkpoin
         ]
         assert client.get("/models/bolt:9").json()["version"] == 9
         assert json.loads(client.get("/models/large").text)["config"]["image_size"] == 64
+
+
+def test_a_model_over_which_the_device_fails_is_refused_in_one_sentence_and_logged(root, caplog):
+    def fail(_: Checkpoint) -> Scoring:
+        raise DeviceError("Traceback (most recent call last):\nValueError: odd")
+
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        Registry(Settings(checkpoint=root), Telemetry(), load=fail)
+    assert "ValueError: odd" in caplog.text
+    refused = [record.getMessage() for record in caplog.records if "is not served" in record.getMessage()]
+    assert refused
+    assert all("cannot be brought to the device; the log has the traceback." in each for each in refused)
