@@ -62,6 +62,7 @@ OURS = "Hazelnut"
 CEILING = "ceiling, no HTTP"
 WARM_SECONDS = 2
 LONE_TURNS = 3
+LEAST_LONE = 5  # seconds: a peer may take more than one to its first answer of a turn
 # What scores and their cost depend on has to be the same in both environments; of the others the version is recorded.
 SAME = ("torch", "torchvision", "numpy", "pillow")
 RECORDED = ("fastapi", "uvicorn", "litserve", "bentoml")
@@ -150,7 +151,7 @@ def measure(server: Server, workload: Workload, seconds: int, connections: int) 
         time.sleep(seconds / 2)
         turn["memory_mib"] = server.memory()
         turn |= loaded.result()
-    part = math.ceil(seconds / 5)
+    part = max(math.ceil(seconds / 5), LEAST_LONE)
     lone, alone = [], []
     for _ in range(LONE_TURNS):
         lone.append(load(server, workload, part, 1)["p50_ms"])

@@ -6,6 +6,7 @@ averaged over its neighbours; here they are rebuilt by an autoencoder instead of
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import cast
 
@@ -67,17 +68,14 @@ class Features(nn.Module):
         # In float32, in training too: what bfloat16 changes of features is as much as a reconstruction misses of them.
         with torch.autocast(intensities.device.type, enabled=False):
             found = self.network(self._expected(intensities.float()))
-        size = intensities.shape[-1]
-        maps = [
-            centred(F.avg_pool2d(found[layer].float(), 3, stride=1, padding=1, count_include_pad=False), start, size)
-            for layer, start in zip(self.layers, self.starts, strict=True)
-        ]
-        joined = torch.cat(maps, dim=1)  # (B, channels of all layers, S/8, S/8)
-        if joined.shape[1] != len(self.mean):
+            starts = zip(self.layers, self.starts, strict=True)
+            maps = [centred(found[layer].float(), start, intensities.shape[-1]) for layer, start in starts]
+            joined = torch.cat(maps, dim=-1)  # (B, S/8, S/8, channels of all layers)
+        if joined.shape[-1] != len(self.mean):
             # Means of neighbouring channels, as PatchCore reduces them.
-            flat = F.adaptive_avg_pool1d(joined.flatten(2).transpose(1, 2), len(self.mean))
-            joined = flat.transpose(1, 2).reshape(len(joined), -1, *joined.shape[2:])
-        return F.normalize(joined, dim=1)
+            few = F.adaptive_avg_pool1d(joined.flatten(1, 2), len(self.mean))
+            joined = few.view(*joined.shape[:3], -1)
+        return F.normalize(joined, dim=-1).permute(0, 3, 1, 2)
 
     def _expected(self, intensities: Tensor) -> Tensor:
         images = (intensities.expand(-1, 3, -1, -1) - self.shift) / self.range
@@ -119,15 +117,29 @@ class Features(nn.Module):
 
 
 def centred(maps: Tensor, start: Tensor, size: int) -> Tensor:
-    """Feature maps (B, F, h, w) of images of size x size pixels -> (B, F, size/8, size/8), each at the centre of its
-    8 x 8 pixels. start: where the centre of the first cell of the maps lies, across and down, in pixels."""
+    """Feature maps (B, F, h, w) of images of size x size pixels -> (B, size/8, size/8, F): for the centre of each 8 x 8
+    pixels the mean of 3 x 3 cells, interpolated bilinearly; beyond the borders lie the cells at the borders.
+
+    start: where the centre of the first cell of the maps lies, across and down, in pixels.
+    """
+    side = maps.shape[-1]
     centres = CELL * (torch.arange(size // CELL, device=maps.device) + 0.5) - 0.5
-    # grid_sample counts from -1 to 1, from border to border.
-    stride = size / maps.shape[-1]
-    axes = ((centres - start.unsqueeze(1)) / stride + 0.5) * 2 / maps.shape[-1] - 1  # (2, size/8)
-    across, down = axes[0].expand(len(centres), -1), axes[1].unsqueeze(1).expand(-1, len(centres))
-    places = torch.stack([across, down], dim=-1).expand(len(maps), -1, -1, -1)
-    return F.grid_sample(maps, places, padding_mode="border", align_corners=False)
+    places = ((centres - start.unsqueeze(1)) * (side / size)).clamp(0, side - 1)  # (2, size/8), in cells
+    cells = torch.arange(side, device=maps.device)
+    bilinear = (1 - (places.unsqueeze(2) - cells).abs()).clamp(min=0)  # (2, size/8, side)
+    # Both are done along one axis after the other, by one matrix for each.
+    across, down = bilinear @ _means_of_three(side, maps.device)
+    rows = maps.permute(0, 2, 3, 1).flatten(2)  # (B, h, w F)
+    resampled: Tensor = across @ (down @ rows).unflatten(2, (side, -1))
+    return resampled
+
+
+@cache
+def _means_of_three(side: int, device: torch.device) -> Tensor:
+    """(side, side): of each cell and its neighbours, of which those at the ends have one."""
+    with torch.inference_mode(False):
+        near = torch.ones(side, side, device=device).tril(1).triu(-1)
+        return near / near.sum(dim=1, keepdim=True)
 
 
 def starts(network: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:

@@ -213,7 +213,8 @@ class SegmentationHead(nn.Module):
         return [config.head_width * min(2**level, 4) for level in range(1, 1 + len(cls.strides(config)))]
 
     def forward(self, images: Tensor, reconstructions: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor]]:
-        inputs = torch.cat([images, reconstructions, places.expand(len(images), -1, -1, -1)], dim=1)
+        places = places.expand(len(images), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        inputs = torch.cat([images, reconstructions, places], dim=1)
         features = self.first(self.folded(inputs))  # (B, w, H/2, W/2)
         pyramid = [features]
         for down in self.down:
@@ -321,7 +322,9 @@ class ScoringNetworks(nn.Module):
         if self.head is None:
             return None, []
         if self.config.cell > 1:
-            places = F.avg_pool2d(places, self.config.cell)
+            # Places grow evenly: a cell's mean is that of two opposite corners.
+            cell = self.config.cell
+            places = (places[..., ::cell, ::cell] + places[..., cell - 1 :: cell, cell - 1 :: cell]) / 2
         logits, features = self.head(seen, reconstructions.detach(), places)
         return logits, features
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
@@ -62,8 +63,14 @@ def visible_blocks(damaged: Tensor, images: Tensor) -> Tensor:
     return seen.repeat_interleave(BLOCK, dim=1).repeat_interleave(BLOCK, dim=2).unsqueeze(1)
 
 
-def corrupted(images: Tensor, *, probability: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return corrupt(images, probability=probability, generator=seeded(seed))
+def corrupted(images: Tensor, *, probability: float = 1.0, seed: int = 0, **rule: bool) -> tuple[Tensor, Tensor]:
+    return corrupt(images, probability=probability, generator=seeded(seed), **rule)
+
+
+def regions(mask: Tensor) -> NDArray[np.int64]:
+    """Areas of the connected parts of a mask (1, S, S), in pixels."""
+    labels, _ = ndimage.label(mask[0].numpy(), structure=np.ones((3, 3)))
+    return np.bincount(labels.flatten())[1:]
 
 
 def widened(mask: Tensor, *, by: int) -> Tensor:
@@ -82,10 +89,11 @@ def share(chosen: Tensor) -> float:
 # Images and masks
 
 
+@pytest.mark.parametrize("over_features", [False, True])
 @pytest.mark.parametrize("size", [SIZE, 144, 256, 320])
-def test_images_with_a_probability_of_zero_are_not_changed(size):
+def test_images_with_a_probability_of_zero_are_not_changed(size, over_features):
     images = noise(4, size=size)
-    damaged, masks = corrupted(images, probability=0.0)
+    damaged, masks = corrupted(images, probability=0.0, over_features=over_features)
     assert torch.equal(damaged, images)
     assert not masks.any()
 
@@ -115,13 +123,27 @@ def test_masks_mark_the_blocks_that_change_visibly_and_no_others(size, contrast)
 def test_large_images_get_more_defects_and_most_are_as_small_as_those_of_small_ones():
     areas = []
     for size, count in ((SMALL, 256), (2 * SMALL, 64)):  # as many pixels
-        _, masks = corrupted(noise(count, size=size))
-        regions = [ndimage.label(mask, structure=np.ones((3, 3)))[0] for mask in masks[:, 0].numpy()]
-        areas.append(np.concatenate([np.bincount(region.flatten())[1:] for region in regions]))
+        areas.append(np.concatenate([regions(mask) for mask in corrupted(noise(count, size=size))[1]]))
     small, large = areas
     assert 0.7 < len(large) / len(small) < 1.5
     assert 0.5 < np.median(large) / np.median(small) < 2
     assert large.max() > 1.5 * small.max()
+
+
+def test_over_features_half_of_the_large_images_have_small_defects_on_every_piece_too():
+    found = [regions(mask) for mask in corrupted(noise(64, size=320), over_features=True)[1]]  # of 16 pieces
+    crowded = [areas for areas in found if len(areas) > 8]
+    others = [areas for areas in found if len(areas) <= 8]  # two defects, of which a speck has several parts
+    assert 0.35 < len(crowded) / len(found) < 0.65
+    assert np.mean([len(areas) for areas in crowded]) > 4 * np.mean([len(areas) for areas in others])
+    assert np.median(np.concatenate(crowded)) < np.median(np.concatenate(others))
+    assert np.concatenate(crowded).sum() / len(crowded) < 0.12 * 320**2  # larger ones would cover twice as much
+
+
+def test_over_features_small_images_have_the_defects_of_other_small_images():
+    images = noise(8)
+    for damaged, expected in zip(corrupted(images, over_features=True), corrupted(images), strict=True):
+        assert torch.equal(damaged, expected)
 
 
 def test_large_images_have_defects_everywhere_also_across_the_middle():
@@ -201,9 +223,11 @@ def test_the_images_of_a_batch_get_different_defects():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [32, 48, 64, 128, 144, 176, 272])
-def test_batches_of_any_size_channels_and_resolution_keep_their_shape(count, channels, size):
-    damaged, masks = corrupted(noise(count, channels=channels, size=size))
+@pytest.mark.parametrize(
+    ("size", "over_features"), [*((size, False) for size in (32, 48, 64, 128, 144, 176, 272)), (160, True), (288, True)]
+)
+def test_batches_of_any_size_channels_and_resolution_keep_their_shape(count, channels, size, over_features):
+    damaged, masks = corrupted(noise(count, channels=channels, size=size), over_features=over_features)
     assert damaged.shape == (count, channels, size, size)
     assert masks.shape == (count, 1, size, size)
     assert damaged.dtype == masks.dtype == torch.float32

@@ -98,10 +98,22 @@ def test_centred_cells_hold_what_lies_at_their_centres(stride, start):
     size = 128
     places = start + stride * torch.arange(size // stride).float()
     maps = torch.stack([places.expand(len(places), -1), places.unsqueeze(1).expand(-1, len(places))]).unsqueeze(0)
-    found = centred(maps, torch.tensor([start, start]), size)[0, :, 2:-2, 2:-2]
-    expected = 8 * torch.arange(size // 8)[2:-2] + 3.5
+    found = centred(maps, torch.tensor([start, start]), size)[0, 4:-4, 4:-4].permute(2, 0, 1)
+    expected = 8 * torch.arange(size // 8)[4:-4] + 3.5
     assert torch.allclose(found[0], expected.expand_as(found[0]), atol=1e-3)
     assert torch.allclose(found[1], expected.unsqueeze(1).expand_as(found[1]), atol=1e-3)
+
+
+@pytest.mark.parametrize(("side", "start"), [(16, (0.0, 3.0)), (8, (15.0, -2.5)), (7, (4.0, 9.0))])
+def test_centred_cells_are_means_of_three_by_three_interpolated(side, start):
+    """As avg_pool2d and grid_sample do it, borders too."""
+    maps, size = torch.rand(2, 5, side, side), 128
+    means = torch.nn.functional.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+    pixels = 8 * torch.arange(size // 8) + 3.5
+    across, down = (((pixels - first) * side / size + 0.5) * 2 / side - 1 for first in start)
+    places = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1).expand(2, -1, -1, -1)
+    expected = torch.nn.functional.grid_sample(means, places, padding_mode="border", align_corners=False)
+    assert torch.allclose(centred(maps, torch.tensor(start), size).permute(0, 3, 1, 2), expected, atol=1e-5)
 
 
 # What they are

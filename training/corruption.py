@@ -73,31 +73,33 @@ class Draws:
 
 
 def corrupt(
-    images: Tensor, *, probability: float, generator: torch.Generator, small: bool = True
+    images: Tensor, *, probability: float, generator: torch.Generator, over_features: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Draw up to DEFECTS defects on each image, each with some probability. Returns the images and the defects' masks.
+    """Draw defects on each image, each with some probability. Returns the images and the defects' masks.
 
-    A larger image than SMALL has more places for small defects: one is drawn on the whole of it, and DEFECTS on each
-    piece that is no larger than SMALL, of the sizes that they have there. Not so with `small` off.
+    Up to DEFECTS, of all sizes. A larger image than SMALL has more places for small ones: up to DEFECTS are drawn on
+    each piece that is no larger than SMALL, of the sizes that they have there, and a larger one on the whole of it.
+    Over features, whose images are not windows of a part but all of it, up to DEFECTS of all sizes are drawn on the
+    whole, and on half of the images one on each piece.
 
     images: standardised, (B, C, S, S). Masks: (B, 1, S, S), 1 where a defect can be seen and 0 elsewhere.
     """
     images = images.contiguous()
     size = images.shape[-1]
-    damaged, covered = images, torch.zeros_like(images[:, :1])
-    if size <= SMALL or not small:
-        damaged, covered = _drawn_on(images, covered, DEFECTS, probability, generator, of_radii=radii_on(size))
-    else:
-        smallest, largest = radii_on(SMALL)
-        larger = (largest / 2, radii_on(size)[1])
-        damaged, covered = _drawn_on(images, covered, 1, probability, generator, of_radii=larger)
+    of_small, of_all = radii_on(SMALL), radii_on(size)
+    on_whole, of_radii = (DEFECTS, of_all) if size <= SMALL or over_features else (1, (of_small[1] / 2, of_all[1]))
+    none = torch.zeros_like(images[:, :1])
+    damaged, covered = _drawn_on(images, none, on_whole, probability, generator, of_radii=of_radii)
+    if size > SMALL:
+        few = Draws(len(images), generator).parts(0.5, 0.5)[0].count if over_features else 0
         # The pieces' borders, where shapes are cut off, are anywhere.
         offset = torch.randint(size // BLOCK, (2,), generator=generator, device=images.device) * BLOCK
         down, across = offset.tolist()
         per_side = 2 ** math.ceil(math.log2(size / SMALL))
-        pieces, opacity = (_cut(maps.roll((down, across), dims=(2, 3)), per_side) for maps in (damaged, covered))
-        drawn = _drawn_on(pieces, opacity, DEFECTS, probability, generator, of_radii=(smallest, largest))
-        damaged, covered = (_joined(maps, per_side).roll((-down, -across), dims=(2, 3)) for maps in drawn)
+        pieces, opacity = (_cut(maps[few:].roll((down, across), dims=(2, 3)), per_side) for maps in (damaged, covered))
+        on_piece = 1 if over_features else DEFECTS
+        drawn = _drawn_on(pieces, opacity, on_piece, probability, generator, of_radii=of_small)
+        damaged[few:], covered[few:] = (_joined(maps, per_side).roll((-down, -across), dims=(2, 3)) for maps in drawn)
     # By blocks, because a pasted texture crosses what was there before.
     change = F.mse_loss(damaged, images, reduction="none").mean(dim=1, keepdim=True)
     changed = F.interpolate((F.avg_pool2d(change, BLOCK) > VISIBLE**2).float(), scale_factor=BLOCK)

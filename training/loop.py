@@ -212,8 +212,7 @@ def _damaged(state: TrainingState, recipe: Recipe, *, quick: bool = False) -> _B
     masks = F.interpolate(masks, scale_factor=float(state.networks.config.cell))
     if count < len(pixels):
         images = _images(pixels[count:], state)
-        # What is small beside a cell does not show in its features.
-        images, own = corrupt(images, probability=recipe.corruption, generator=state.generator, small=False)
+        images, own = corrupt(images, probability=recipe.corruption, generator=state.generator, over_features=True)
         damaged, masks = torch.cat([damaged, state.networks.see(images)]), torch.cat([masks, own])
     seen, damaged = _jittered([seen, damaged], recipe, state.generator)
     return _Batch(seen, damaged, masks, places, in_features=count)
@@ -308,7 +307,7 @@ def scoring_networks(state: TrainingState, recipe: Recipe) -> ScoringNetworks:
             pixels, places, _ = batches.next()
             images = averaged.standardisation(pixels)
             damaged, _ = corrupt(
-                images, probability=recipe.corruption, generator=generator, small=not recipe.over_features
+                images, probability=recipe.corruption, generator=generator, over_features=recipe.over_features
             )
             averaged(averaged.see(damaged), places)
     return averaged.eval()

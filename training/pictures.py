@@ -43,7 +43,7 @@ def draw_step(state: TrainingState, recipe: Recipe) -> Image.Image:
     images, places = fixed_images(state, recipe, COLUMNS)
     half = len(images) // 2
     generator = torch.Generator(images.device).manual_seed(recipe.seed + 2)
-    damaged, _ = corrupt(images[half:], probability=1.0, generator=generator)
+    damaged, _ = corrupt(images[half:], probability=1.0, generator=generator, over_features=recipe.over_features)
     shown = torch.cat([images[:half], damaged]).contiguous(memory_format=torch.channels_last)
     networks = as_in_training(state.networks, recipe)
     assert isinstance(networks, ScoringNetworks)

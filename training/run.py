@@ -108,8 +108,9 @@ def train_folder(
             record.interpolations(networks)
     except OSError as error:
         raise TrainingError(f"cannot write the run {out}: {error}; --resume goes on from its last state.") from error
-    fit_distances(networks, training)
-    fusion, calibration_of_scores = calibrate(networks, training, calibration, split.parts, recipe)
+    with console.status(f"calibrating by {len(calibration)} held-out good images"):
+        fit_distances(networks, training)
+        fusion, calibration_of_scores = calibrate(networks, training, calibration, split.parts, recipe)
     origin = {**asdict(run), "training_images": len(training)}
     save_checkpoint(
         out / CHECKPOINT,
