@@ -56,9 +56,9 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False, backbone
     )
 
 
-def command_line(data: Path, out: Path, *more: str, steps: int = 12) -> list[str]:
+def command_line(data: Path, out: Path, *, steps: int) -> list[str]:
     settings = [f"--set={change}" for change in [*TINY, f"steps={steps}"]]
-    return [sys.executable, "-m", "hazelnut", "train", str(data), "--recipe=tiny", *settings, f"--out={out}", *more]
+    return [sys.executable, "-m", "hazelnut", "train", str(data), "--recipe=tiny", *settings, f"--out={out}"]
 
 
 def weights(checkpoint: Path) -> bytes:
@@ -88,20 +88,19 @@ def test_tensorboard_shows_the_losses_that_the_log_holds(data, tmp_path, recipe)
 
 def test_a_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path):
     """SIGKILL at whatever step the process happens to be."""
-    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", 60
-    subprocess.run(command_line(data, whole, steps=steps), check=True, capture_output=True)
+    killed, steps = tmp_path / "killed", 60
+    recipe = load_recipe("tiny", [*TINY, f"steps={steps}"])
+    whole = run(data, tmp_path / "whole", recipe)
     process = subprocess.Popen(
         command_line(data, killed, steps=steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     _wait_for_the_first_state(killed / "state.pt", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    subprocess.run(command_line(data, killed, "--resume", steps=steps), check=True, capture_output=True)
-    assert weights(killed / "checkpoint") == weights(whole / "checkpoint")
-    assert load_checkpoint(killed / "checkpoint").origin == {
-        **load_checkpoint(whole / "checkpoint").origin,
-        "command": load_checkpoint(killed / "checkpoint").origin["command"],
-    }
+    resumed = run(data, killed, recipe, resume=True)
+    assert weights(resumed) == weights(whole)
+    origin = load_checkpoint(resumed).origin
+    assert origin == {**load_checkpoint(whole).origin, "command": origin["command"]}
     logged = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(10, steps + 1, 10))
 
@@ -233,10 +232,10 @@ def test_a_diverging_run_stops_without_a_checkpoint(data, tmp_path):
     assert not (tmp_path / "run/checkpoint").exists()
 
 
-def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path):
+def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path, recipe):
     """A limit on the size of a file stands in for the full disk: the system refuses the same write."""
     out = tmp_path / "run"
-    subprocess.run(command_line(data, out), check=True, capture_output=True)
+    run(data, out, recipe)
     state, checkpoint = (out / "state.pt").read_bytes(), weights(out / "checkpoint")
     run_record = json.loads((out / "run.json").read_text())
     run_record["recipe"]["steps"] = 16  # so that there is something left to do, and to save
