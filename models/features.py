@@ -68,8 +68,8 @@ class Features(nn.Module):
         # In float32, in training too: what bfloat16 changes of features is as much as a reconstruction misses of them.
         with torch.autocast(intensities.device.type, enabled=False):
             found = self.network(self._expected(intensities.float()))
-            starts = zip(self.layers, self.starts, strict=True)
-            maps = [centred(found[layer].float(), start, intensities.shape[-1]) for layer, start in starts]
+            size, places = intensities.shape[-1], zip(self.layers, self.starts, strict=True)
+            maps = [centred(found[layer].float(), start, size) for layer, start in places]
             joined = torch.cat(maps, dim=-1)  # (B, S/8, S/8, channels of all layers)
         if joined.shape[-1] != len(self.mean):
             # Means of neighbouring channels, as PatchCore reduces them.

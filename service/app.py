@@ -37,13 +37,13 @@ def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | Non
     and CheckpointError where nothing can be served.
     """
     settings, telemetry = settings or load_settings(), Telemetry()
+    keys = None if settings.api_keys is None else read_keys(settings.api_keys)
     device = Device(choose_device(settings.device), telemetry)
     try:
         registry = Registry(settings, telemetry, load=device.load, given=checkpoint)
     except CheckpointError:
         device.close()
         raise
-    keys = None if settings.api_keys is None else read_keys(settings.api_keys)
     service = Service(settings, telemetry, registry, Drain(), keys)
 
     @asynccontextmanager

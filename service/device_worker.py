@@ -44,7 +44,7 @@ Waiting = tuple[int, NDArray[np.uint8]]  # a model's key, and pixels (B, C, S, S
 
 
 class UnderWay(Protocol):
-    """A batch on the device: a Future, a models.graphs.BatchUnderWay, or a service.device.BatchUnderWay."""
+    """A batch on the device: a Future, a models.graphs.BatchUnderWay, or a service.device.Batch."""
 
     def done(self) -> bool: ...
 

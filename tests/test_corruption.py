@@ -63,8 +63,10 @@ def visible_blocks(damaged: Tensor, images: Tensor) -> Tensor:
     return seen.repeat_interleave(BLOCK, dim=1).repeat_interleave(BLOCK, dim=2).unsqueeze(1)
 
 
-def corrupted(images: Tensor, *, probability: float = 1.0, seed: int = 0, **rule: bool) -> tuple[Tensor, Tensor]:
-    return corrupt(images, probability=probability, generator=seeded(seed), **rule)
+def corrupted(
+    images: Tensor, *, probability: float = 1.0, seed: int = 0, over_features: bool = False
+) -> tuple[Tensor, Tensor]:
+    return corrupt(images, probability=probability, generator=seeded(seed), over_features=over_features)
 
 
 def regions(mask: Tensor) -> NDArray[np.int64]:
