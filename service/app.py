@@ -20,9 +20,10 @@ from service.device import Device
 from service.draining import Drain
 from service.errors import add_error_handlers, documented
 from service.logs import log_config
-from service.middleware import BodyLimitMiddleware, BusyMiddleware, RequestMiddleware
+from service.middleware import BodyLimitMiddleware, RequestMiddleware
+from service.refusing import Refusals
 from service.registry import Registry
-from service.routes import Service, router
+from service.routes import SCORE_PATH, Service, router
 from service.scoring import Running
 from service.security import check_exposure, read_keys
 from service.server import Server, bound_socket, server_config, timed_protocol
@@ -74,7 +75,6 @@ def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | Non
         responses=documented("internal"),
         middleware=[
             Middleware(RequestMiddleware, telemetry=telemetry, drain=service.drain),
-            Middleware(BusyMiddleware, refusal=service.refusal),
             Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
         ],
     )
@@ -100,7 +100,11 @@ def serve(settings: Settings) -> None:
             app,
             host=settings.host,
             port=listener.getsockname()[1],
-            protocol=timed_protocol(header_seconds=settings.header_seconds, send_seconds=settings.send_seconds),
+            protocol=timed_protocol(
+                header_seconds=settings.header_seconds,
+                send_seconds=settings.send_seconds,
+                refuse=Refusals(SCORE_PATH, service.refusal, service.telemetry).answer,
+            ),
             log_config=log_config(terminal=sys.stderr.isatty()),
         )
         server = Server(

@@ -148,7 +148,8 @@ class Batcher:
             while on_device and (not batch or len(on_device) == 2 or on_device[0][1].scores.done()):
                 finished, begun = on_device.popleft()
                 # One call for all: each wakes the loop.
-                self._loop.call_soon_threadsafe(_deliver, finished, self._outcomes(begun))
+                answers = zip(finished, self._outcomes(begun), strict=True)
+                self._loop.call_soon_threadsafe(self._deliver, answers)
 
     def _next_batch(self, *, wait: bool) -> list[_Waiting]:
         """wait: sleep while nothing waits; then empty when closed. Otherwise empty where no full one waits."""
@@ -219,19 +220,22 @@ class Batcher:
             outcomes += self._outcomes(self._begin(scorer, rest[: min(size, self._largest_of(scorer))]))
         return outcomes
 
+    def _deliver(self, answers: Iterator[tuple[_Waiting, Scored | ImageFailedError]]) -> None:
+        """One after the other, and between them the loop looks at what comes in: what an answer costs it, 16 times, is
+        long for a request that is only refused."""
+        for waiting, outcome in answers:
+            if waiting.answer.done():
+                continue  # its caller left while it was on the device
+            if isinstance(outcome, ImageFailedError):
+                waiting.answer.set_exception(outcome)
+            else:
+                waiting.answer.set_result(outcome)
+            self._loop.call_soon(self._deliver, answers)
+            return
+
 
 def _checked(scored: Scored) -> Scored | ImageFailedError:
     """Not a number is no score, and JSON cannot hold it."""
     if np.isfinite(scored.batch.scores[scored.index]).all():
         return scored
     return ImageFailedError("scoring the image gave what is not a finite number.")
-
-
-def _deliver(batch: list[_Waiting], outcomes: list[Scored | ImageFailedError]) -> None:
-    for waiting, outcome in zip(batch, outcomes, strict=True):
-        if waiting.answer.done():
-            continue  # its caller left while it was on the device
-        if isinstance(outcome, ImageFailedError):
-            waiting.answer.set_exception(outcome)
-        else:
-            waiting.answer.set_result(outcome)

@@ -1,24 +1,19 @@
 """What happens around every request: its id, the last resort for errors, the limit of its body, its metrics."""
 
-import re
-import secrets
 import time
-from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars
 
-from service.batching import BusyError
 from service.draining import Drain
 from service.errors import ServiceError, error_response, logger
 from service.logs import log_request
+from service.refusing import REQUEST_ID_HEADER, request_id_of
 from service.routes import SCORE_PATH
 from service.telemetry import Telemetry, route_template
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-REQUEST_ID_HEADER = "X-Request-ID"
 # Where there may be no route in the scope: the framework's own page, and what is refused before there is one.
 PAGES = frozenset({"/openapi.json", SCORE_PATH})
 
@@ -44,8 +39,7 @@ class RequestMiddleware:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        request_id = request_id_of(Headers(scope=scope).get(REQUEST_ID_HEADER, ""))
         scope.setdefault("state", {})["request_id"] = request_id
         bind_contextvars(request_id=request_id)  # for the log; each request runs in a context of its own
         status: int | None = None
@@ -119,28 +113,6 @@ class BodyLimitMiddleware:
 
     def _refusal(self) -> ServiceError:
         return ServiceError("body_too_large", f"the body is too large: allowed are {self.max_bytes} bytes.")
-
-
-class BusyMiddleware:
-    """Refuses images where not even one more can wait: before the framework looks at the request, and before its body
-    is read. In an overload most requests end here.
-
-    refusal: why, or None.
-    """
-
-    def __init__(self, app: ASGIApp, refusal: Callable[[], BusyError | None]) -> None:
-        self.app = app
-        self.refusal = refusal
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == SCORE_PATH and scope["method"] == "POST":
-            refusal = self.refusal()
-            if refusal is not None:
-                request_id = scope["state"]["request_id"]
-                response = error_response(request_id, refusal.code, str(refusal), headers=refusal.headers)
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
 
 
 def _content_length(scope: Scope) -> int:

@@ -101,6 +101,28 @@ def test_images_that_wait_share_a_batch_up_to_the_largest():
     run(test, gated=True)
 
 
+def test_the_loop_takes_what_comes_in_between_two_answers_of_a_batch():
+    async def test(batcher: Batcher, device: Device) -> None:
+        loop = asyncio.get_running_loop()
+        first = asyncio.ensure_future(batcher.score(device, image(99)))
+        await until(lambda: device.batches)
+        order: list[str] = []
+
+        async def answered(number: int) -> None:
+            await batcher.score(device, image(number))
+            order.append("answer")
+            loop.call_soon(order.append, "another")  # of what the loop looks at next
+
+        crowd = [asyncio.ensure_future(answered(number)) for number in range(4)]
+        await asyncio.sleep(0)
+        device.gate.release(2)
+        await asyncio.gather(first, *crowd)
+        await asyncio.sleep(0)
+        assert order == ["answer", "another"] * 4
+
+    run(test, gated=True)
+
+
 def test_an_image_whose_caller_left_is_never_scored():
     async def test(batcher: Batcher, device: Device) -> None:
         first = asyncio.ensure_future(batcher.score(device, image(99)))

@@ -211,17 +211,6 @@ def test_a_drain_with_nothing_to_finish_is_over_at_once(checkpoint):
     run(checkpoint, test)
 
 
-def test_a_body_is_not_read_where_nothing_fits(checkpoint):
-    async def test(app: FastAPI) -> None:
-        with app.state.service.running.batcher.places(64, 10):
-            client = Client(app)  # which sends nothing
-            status, headers, answer = await client.answer()
-        assert (status, answer["error"]["code"]) == (503, "busy")
-        assert int(headers[b"retry-after"]) >= 1
-
-    run(checkpoint, test)
-
-
 def test_a_client_that_leaves_in_the_middle_of_its_upload_costs_nothing(checkpoint, device):
     async def test(app: FastAPI) -> None:
         device.batches.clear()

@@ -16,7 +16,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from models.errors import ConfigError
-from service.server import Server, TimedProtocol, bound_socket, server_config, timed_protocol
+from service.server import Refuse, Server, TimedProtocol, bound_socket, server_config, timed_protocol
 from tests.conftest import until
 
 QUIET = {"version": 1, "disable_existing_loggers": False}
@@ -115,10 +115,11 @@ def run(
     *,
     header_seconds: float = 60,
     send_seconds: float = 60,
+    refuse: Refuse = lambda *_: None,
     protocol: Callable[[type[TimedProtocol]], type[TimedProtocol]] = lambda given: given,
 ) -> None:
     app = App()
-    limited = protocol(timed_protocol(header_seconds=header_seconds, send_seconds=send_seconds))
+    limited = protocol(timed_protocol(header_seconds=header_seconds, send_seconds=send_seconds, refuse=refuse))
     config = server_config(app, host="127.0.0.1", port=0, protocol=limited, log_config=QUIET)
 
     async def whole() -> None:
@@ -325,6 +326,83 @@ def test_every_request_of_a_connection_is_told_that_its_client_is_gone():
     run(test)
 
 
+def busy(_method: bytes, target: bytes, _headers: object) -> bytes | None:
+    """Refuses every path but those of `App` that are named here."""
+    taken = (b"/wait", b"/stream", b"/piece", b"/normal")
+    return None if target in taken else b"content-length: 5\r\n\r\n0\r\n\r\n"
+
+
+def test_what_is_refused_never_reaches_the_application_and_its_connection_is_kept():
+    async def test(app: App) -> None:
+        client = await app.connect()
+        for body in (b"", PART * 8):
+            client.send(b"POST /busy HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(body))
+            answer = await client.answer()  # and none of the body has been sent
+            assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+            assert b"\r\ndate: " in answer
+            assert b"connection: close" not in answer
+            client.send(body)
+        client.get("/normal")
+        assert b"/normal" in await client.answer()
+        assert "/busy" not in app.ended
+        assert len(app.clients) == len(app.connections) == 1
+
+    run(test, refuse=busy)
+
+
+@pytest.mark.parametrize("beginning", ["GET /busy HTTP/1.0\r\n", "GET /busy HTTP/1.1\r\nConnection: close\r\n"])
+def test_a_refusal_closes_the_connection_of_a_client_that_wants_it_closed(beginning):
+    async def test(app: App) -> None:
+        client = await app.connect()
+        client.send(f"{beginning}Host: test\r\n\r\n".encode())
+        received = await asyncio.wait_for(client.rest(), 2)  # not by the keep-alive timeout
+        assert received.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nconnection: close\r\n" in received
+        assert not app.connections
+
+    run(test, refuse=busy)
+
+
+def test_a_refusal_does_not_overtake_an_answer():
+    async def test(app: App) -> None:
+        client = await app.connect()
+        client.get("/stream")
+        client.get("/busy", headers="Connection: close\r\n")
+        received = await client.rest()
+        assert received.index(b"/stream\r\n" + END) < received.index(b"/busy\r\n" + END)
+
+    run(test, refuse=busy)
+
+
+def test_refusals_that_nobody_reads_do_not_pile_up():
+    async def test(app: App) -> None:
+        client = await app.connect()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        ended = asyncio.ensure_future(until(lambda: not app.connections))
+        most = 0
+        while not ended.done():
+            client.send(b"GET /busy HTTP/1.1\r\nHost: test\r\n\r\n" * 1000)
+            await asyncio.sleep(0)
+            most = max(most, app.unsent())
+        assert most < 2**16
+
+    run(test, refuse=busy, send_seconds=0.3)
+
+
+def test_the_rest_of_a_refused_body_does_not_keep_a_connection():
+    async def test(app: App) -> None:
+        client = await app.connect()
+        client.send(b"POST /busy HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n")
+        assert b" 503 " in await client.answer()
+        closed = asyncio.ensure_future(client.rest())
+        while not closed.done():
+            client.send(b"x")
+            await asyncio.sleep(0.05)
+        assert await closed == b""
+
+    run(test, header_seconds=0.3, refuse=busy)
+
+
 def test_no_timer_outlives_its_request_or_its_connection():
     timers: list[TimerHandle] = []
 
@@ -424,7 +502,7 @@ server = Server(
         app,
         host="127.0.0.1",
         port=listener.getsockname()[1],
-        protocol=timed_protocol(header_seconds=60, send_seconds=60),
+        protocol=timed_protocol(header_seconds=60, send_seconds=60, refuse=lambda *_: None),
         log_config={
             "version": 1,
             "disable_existing_loggers": False,
