@@ -74,8 +74,12 @@ class ServiceError(HazelnutError):
 def error_response(
     request_id: str, code: str, message: str, *, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    answer = ErrorAnswer(error=ErrorDetail(code=code, message=message, request_id=request_id))
+    answer = error_answer(request_id, code, message)
     return JSONResponse(answer.model_dump(), status_code=ERRORS[code].status, headers=headers)
+
+
+def error_answer(request_id: str, code: str, message: str) -> ErrorAnswer:
+    return ErrorAnswer(error=ErrorDetail(code=code, message=message, request_id=request_id))
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:

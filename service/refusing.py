@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from service.batching import BusyError
-from service.errors import ERRORS, logger
-from service.schemas import ErrorAnswer, ErrorDetail
+from service.errors import ERRORS, error_answer, logger
 from service.telemetry import Telemetry
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -45,8 +44,7 @@ class Refusals:
             return None
         given = dict(headers).get(REQUEST_ID_HEADER.lower().encode(), b"")
         request_id = request_id_of(given.decode("latin-1"))
-        error = ErrorDetail(code=refusal.code, message=str(refusal), request_id=request_id)
-        body = ErrorAnswer(error=error).model_dump_json().encode()
+        body = error_answer(request_id, refusal.code, str(refusal)).model_dump_json().encode()
         named = {
             "Content-Type": "application/json",
             "Content-Length": len(body),

@@ -143,6 +143,10 @@ def run(
 async def nothing() -> None: ...
 
 
+def busy(_method: bytes, target: bytes, _headers: object) -> bytes | None:
+    return b"content-length: 5\r\n\r\n" + END if target == b"/busy" else None
+
+
 @pytest.mark.parametrize("beginning", [b"", b"G", b"GET / HTTP/1.1\r\nHost: te", b"\r\n", b"\x16\x03\x01\x02\x00\x01"])
 def test_a_connection_without_whole_headers_is_closed_and_others_are_answered(beginning):
     async def test(app: App) -> None:
@@ -242,18 +246,19 @@ def test_a_body_may_take_longer_than_headers():
     run(test, header_seconds=0.3)
 
 
-def test_a_body_that_nobody_waits_for_does_not_keep_a_connection():
+@pytest.mark.parametrize(("path", "answer"), [(b"/refused", b"/refused"), (b"/busy", b" 503 ")])
+def test_a_body_that_nobody_waits_for_does_not_keep_a_connection(path, answer):
     async def test(app: App) -> None:
         client = await app.connect()
-        client.send(b"POST /refused HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n")
-        assert b"/refused" in await client.answer()
+        client.send(b"POST %s HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n" % path)
+        assert answer in await client.answer()
         closed = asyncio.ensure_future(client.rest())
         while not closed.done():
             client.send(b"x")
             await asyncio.sleep(0.05)
         assert await closed == b""
 
-    run(test, header_seconds=0.3)
+    run(test, header_seconds=0.3, refuse=busy)
 
 
 def test_an_answer_on_its_way_is_finished_when_the_headers_after_it_are_late():
@@ -326,12 +331,6 @@ def test_every_request_of_a_connection_is_told_that_its_client_is_gone():
     run(test)
 
 
-def busy(_method: bytes, target: bytes, _headers: object) -> bytes | None:
-    """Refuses every path but those of `App` that are named here."""
-    taken = (b"/wait", b"/stream", b"/piece", b"/normal")
-    return None if target in taken else b"content-length: 5\r\n\r\n0\r\n\r\n"
-
-
 def test_what_is_refused_never_reaches_the_application_and_its_connection_is_kept():
     async def test(app: App) -> None:
         client = await app.connect()
@@ -387,20 +386,6 @@ def test_refusals_that_nobody_reads_do_not_pile_up():
         assert most < 2**16
 
     run(test, refuse=busy, send_seconds=0.3)
-
-
-def test_the_rest_of_a_refused_body_does_not_keep_a_connection():
-    async def test(app: App) -> None:
-        client = await app.connect()
-        client.send(b"POST /busy HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n")
-        assert b" 503 " in await client.answer()
-        closed = asyncio.ensure_future(client.rest())
-        while not closed.done():
-            client.send(b"x")
-            await asyncio.sleep(0.05)
-        assert await closed == b""
-
-    run(test, header_seconds=0.3, refuse=busy)
 
 
 def test_no_timer_outlives_its_request_or_its_connection():
