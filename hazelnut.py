@@ -26,6 +26,8 @@ Alpha = Annotated[
     float | None, typer.Option(help="Share of good parts that may be flagged.", show_default="of the checkpoint")
 ]
 
+SERVICE_KEEPS = 2**23  # bytes that its own process has freed
+
 
 @app.command()
 def train(
@@ -175,6 +177,9 @@ def serve(
     from service.forking import begin_forking
 
     begin_forking()
+    # Networks run in a process of their own. Here it is requests and maps that are freed, and those of a few large
+    # images would stay for good.
+    keep_freed_memory(SERVICE_KEEPS)
     from service.app import serve as serve_app
     from service.settings import load_settings
 

@@ -56,11 +56,18 @@ class Running:
         return [pid for pid in self.pids() if _proc_text(pid, "comm").strip() == name]
 
     def memory_mib(self) -> float:
-        """What the whole tree has allocated. Pages shared since a fork count once; files, such as libraries, do not:
-        their share depends on who else has them open.
+        return sum(self.memory_of_processes().values())
+
+    def memory_of_processes(self) -> dict[str, float]:
+        """What each process of the tree has allocated, in MiB, by its name and number. Pages shared since a fork count
+        once; files, such as libraries, do not: their share depends on who else has them open.
         """
-        lines = [line for pid in self.pids() for line in _proc_text(pid, "smaps_rollup").splitlines()]
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 2**10
+        memory = {}
+        for pid in self.pids():
+            lines = [line for line in _proc_text(pid, "smaps_rollup").splitlines() if line.startswith("Pss_Anon:")]
+            if lines:
+                memory[f"{_proc_text(pid, 'comm').strip()} {pid}"] = int(lines[0].split()[1]) / 2**10
+        return memory
 
     def open_files(self) -> int:
         """Descriptors of the whole tree, sockets included."""

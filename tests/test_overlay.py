@@ -1,5 +1,7 @@
 """The picture of an anomaly map: where it colours, how strongly, and its boxes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -121,3 +123,12 @@ def test_the_image_that_came_in_is_left_as_it_was():
     image = photo()
     overlay(image, flat(1), level=LEVEL, regions=[Region(left=0, top=0, width=9, height=9, peak=1)])
     assert np.array_equal(np.asarray(image), np.asarray(photo()))
+
+
+def test_a_large_overlay_takes_little_memory():
+    image, anomaly_map = photo(width=1000, height=1000), flat(LEVEL, width=1000, height=1000)
+    tracemalloc.start()
+    overlay(image, anomaly_map, level=LEVEL, regions=[])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 1000 * 1000  # bytes; Pillow's own, which are not counted, are 16 for a pixel
