@@ -144,13 +144,17 @@ def main(
     photographs = [picture(0, side=side, format_name="JPEG") for side in PHOTOGRAPH_SIDES]
     samples: list[dict[str, Any]] = []
     with running() as service:
+
+        def guest_of(seed: int) -> Guest:
+            return Guest(service.port, seed, images, photographs)
+
         for kind in KINDS:
-            guest = Guest(service.port, 0, images, photographs)
+            guest = guest_of(0)
             for _ in range(ROUNDS_BEFORE):
                 seen.send(guest, kind)
         series_before = len(service.series())
-        soak(service, seen, images, photographs, minutes, clients, samples, out)
-        guest = Guest(service.port, clients + 1, images, photographs)
+        soak(service, seen, guest_of, minutes, clients, samples, out)
+        guest = guest_of(clients + 1)
         for _ in range(paths):
             seen.send(guest, Guest.random_paths)
         series = len(service.series())
@@ -186,8 +190,7 @@ def main(
 def soak(
     service: Running,
     seen: Seen,
-    images: list[bytes],
-    photographs: list[bytes],
+    guest_of: Callable[[int], Guest],
     minutes: float,
     clients: int,
     samples: list[dict[str, Any]],
@@ -196,7 +199,7 @@ def soak(
     over = threading.Event()
 
     def visit(number: int) -> None:
-        guest = Guest(service.port, number + 1, images, photographs)
+        guest = guest_of(number + 1)
         while not over.is_set():
             seen.send(guest, guest.draws.choice(KINDS))
 

@@ -372,15 +372,23 @@ def test_batches_resumed_go_on_where_they_stood(pixels):
 def test_batches_of_windows_are_cut_anywhere_from_their_image():
     ramp = (torch.arange(48).view(48, 1) + 100 * (torch.arange(48) % 2)).byte().expand(2, 3, 48, 48)
     batches = Batches(ramp, batch_size=2, crop=32, seed=0)
-    drawn = [batches.next()[:2] for _ in range(100)]
+    drawn = [batches.next()[:2] for _ in range(200)]
     windows, places = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    assert windows.shape == (200, 3, 32, 32)
+    assert windows.shape == (400, 3, 32, 32)
     tops = windows[:, 0, :, 0].amin(dim=1) % 100  # the rows say which they were
     assert set(tops.tolist()) == set(range(17))
     rows = (places[:, 1, :, 0] + 1) / 2 * 47
     assert torch.allclose(rows, tops.view(-1, 1) + torch.arange(32.0), atol=1e-3)
     columns = (places[:, 0, 0] + 1) / 2 * 47
     assert torch.equal(columns.round() % 2 == 1, windows[:, 0, 0] >= 100)
+
+
+def test_windows_show_what_is_at_the_border_as_often_as_what_is_not():
+    ramp = torch.arange(96).view(96, 1).byte().expand(4, 3, 96, 96)
+    batches = Batches(ramp, batch_size=4, crop=32, seed=0)
+    tops = torch.cat([batches.next()[0][:, 0, 0, 0] for _ in range(500)]).long()
+    shown = torch.stack([(tops <= row) & (row < tops + 32) for row in range(96)]).float().mean(dim=1)
+    assert shown.min() > 0.2  # of 500 windows; a quarter is the mean of an inner row
 
 
 def test_images_of_a_batch_differ_in_brightness_by_no_more_than_the_jitter(recipe):

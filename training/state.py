@@ -43,13 +43,23 @@ class Batches:
             self._order = self._shuffled(self.drawn // per_pass)
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 7_919 * self.drawn + 1)
-        corners = torch.randint(self.pixels.shape[-1] - self.crop + 1, (len(chosen), 2), generator=generator)
+        corners = self._corners(len(chosen), generator)
         self.drawn += 1
         windows = [(slice(top, top + self.crop), slice(left, left + self.crop)) for top, left in corners.tolist()]
         pixels = [self.pixels[image, :, *window] for image, window in zip(chosen.tolist(), windows, strict=True)]
         places = torch.stack([self.places[:, *window] for window in windows])
         directions = None if self.directions is None else self.directions[chosen.to(self.directions.device)]
         return torch.stack(pixels), places, directions
+
+    def _corners(self, count: int, generator: torch.Generator) -> Tensor:
+        """Top and left of windows, (count, 2), drawn evenly from beyond the borders too and moved back inside.
+
+        From the places that fit alone, a picture's outermost pixels would come by in one window of 65, for windows of
+        192 pixels of 256: what is normal at borders would be learned badly, and good images be highest there.
+        """
+        room = self.pixels.shape[-1] - self.crop
+        beyond = min(room, self.crop)
+        return torch.randint(-beyond, room + beyond + 1, (count, 2), generator=generator).clamp(0, room)
 
     def resume(self, drawn: int) -> None:
         self.drawn = drawn
