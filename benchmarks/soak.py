@@ -5,8 +5,8 @@
 Clients send good images, now and then a large one, broken ones, forms of many, ask for maps, give wrong parameters, ask
 for paths that do not exist, and vanish. Each kind first runs once over, so that every metric has been seen. Memory and
 open files of all the service's processes are read every ten seconds and written at once; the first tenth, at most five
-minutes, is warm-up.
-At the end ten thousand random paths are asked for: the number of series on /metrics may not have changed.
+minutes, is warm-up. At the end ten thousand random paths are asked for: the number of series on /metrics may not have
+changed.
 
 Prints a table in Markdown, writes docs/benchmarks/reliability-soak.json as it goes.
 """
@@ -170,7 +170,7 @@ def main(
         "faults": seen.faults[:50],
         "memory MiB first, last, highest": [after[0]["MiB"], after[-1]["MiB"], max(sample["MiB"] for sample in after)],
         "memory by process MiB first": after[0]["processes"],
-        "last": after[-1]["processes"],
+        "memory by process MiB last": after[-1]["processes"],
         "memory slope MiB per minute": slope,
         "open files: last quarter less first": drift,
         "series on /metrics before and after": f"{series_before}, {series}",

@@ -7,10 +7,14 @@ from models.scoring import MapArray, Region
 
 # Dark red, red, orange, yellow, by eye: ordered in lightness too, so that they read without colour vision.
 HEAT = np.array([[90, 0, 20], [200, 20, 30], [250, 130, 20], [255, 240, 120]], dtype=np.float32)
-STEPS = np.linspace(0, 1, 256)
-COLOURS = np.stack([np.interp(STEPS, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
 BOX_COLOUR = (0, 220, 255)
 OPACITY = 0.65
+# Colour and opacity of the 256 steps that an overlay knows. In floating point a picture of four megapixels would take a
+# third of a gigabyte.
+STEPS = np.linspace(0, 1, 256)
+COLOURS = np.stack([np.interp(STEPS, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+PALETTE = COLOURS.round().astype(np.uint8).tobytes()
+OPACITIES = (255 * OPACITY * np.minimum(4 * STEPS, 1)).round().tolist()
 
 
 def overlay(image: Image.Image, anomaly_map: MapArray, *, level: float, regions: list[Region]) -> Image.Image:
@@ -21,10 +25,9 @@ def overlay(image: Image.Image, anomaly_map: MapArray, *, level: float, regions:
     """
     height, width = anomaly_map.shape
     heat = np.clip((anomaly_map / max(level, 1e-12) - 0.75) / 1.25, 0, 1)  # (H, W)
-    # In 256 steps, by tables: in floating point a picture of four megapixels would take a third of a gigabyte.
     colours = Image.fromarray((255 * heat).round().astype(np.uint8))
-    opacity = colours.point((255 * OPACITY * np.minimum(4 * STEPS, 1)).round().tolist())
-    colours.putpalette(COLOURS.round().astype(np.uint8).tobytes())
+    opacity = colours.point(OPACITIES)
+    colours.putpalette(PALETTE)
     picture = Image.composite(colours.convert("RGB"), image.convert("RGB").resize((width, height)), opacity)
     draw = ImageDraw.Draw(picture)
     for region in regions:
