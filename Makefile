@@ -17,8 +17,9 @@ install: .venv/installed
 serve: install
 	.venv/bin/hazelnut serve
 
+# Two at a time. Without -n they run one after the other, as a debugger wants them.
 test: install
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 # The page in a real browser; it also makes the pictures of it in docs/images.
 test-browser: .venv/browser

@@ -96,6 +96,7 @@ def serve(settings: Settings) -> None:
     with bound_socket(settings.host, settings.port) as listener:
         app = create_app(settings)
         service: Service = app.state.service
+        refusals = Refusals(SCORE_PATH, service.refusal, service.telemetry)
         config = server_config(
             app,
             host=settings.host,
@@ -103,7 +104,7 @@ def serve(settings: Settings) -> None:
             protocol=timed_protocol(
                 header_seconds=settings.header_seconds,
                 send_seconds=settings.send_seconds,
-                refuse=Refusals(SCORE_PATH, service.refusal, service.telemetry).answer,
+                refuse=refusals.answer,
             ),
             log_config=log_config(terminal=sys.stderr.isatty()),
         )
@@ -118,4 +119,5 @@ def serve(settings: Settings) -> None:
         gc.collect()
         gc.freeze()
         server.run(sockets=[listener])
+        refusals.log()
         gc.unfreeze()  # else what torch brought is said to have leaked

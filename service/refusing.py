@@ -53,12 +53,14 @@ class Refusals:
         }
         head = "".join(f"{name}: {value}\r\n" for name, value in named.items())
         if not self._unlogged:
-            asyncio.get_running_loop().call_later(LOG_SECONDS, self._log)
+            asyncio.get_running_loop().call_later(LOG_SECONDS, self.log)
         self._unlogged += 1
         status, seconds = ERRORS[refusal.code].status, time.perf_counter() - since
         self._telemetry.request_ended(self._path, "POST", status=status, refused=True, seconds=seconds)
         return f"{head}\r\n".encode() + body
 
-    def _log(self) -> None:
-        logger.warning("refused as busy", extra={"requests": self._unlogged, "within_seconds": LOG_SECONDS})
-        self._unlogged = 0
+    def log(self) -> None:
+        """A line for those that have none yet: the loop's to call, and the server's when the loop has ended."""
+        if self._unlogged:
+            logger.warning("refused as busy", extra={"requests": self._unlogged, "within_seconds": LOG_SECONDS})
+            self._unlogged = 0
