@@ -35,6 +35,12 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    """Networks that a test makes do not depend on which tests this process ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def config() -> ModelConfig:
     return ModelConfig(image_size=32, channels=3, width=8, latent="grid", latent_dim=4, head_width=8)

@@ -169,7 +169,9 @@ def test_a_batch_over_which_it_dies_twice_is_given_up_and_the_next_one_scored(de
 
 
 def test_an_image_over_which_it_dies_fails_and_its_neighbours_do_not(checkpoint):
-    with TestClient(create_app(Settings(device="cpu"), checkpoint=rigged(checkpoint, Deadly))) as client:
+    # Five processes take their time to start on a busy machine.
+    settings = Settings(device="cpu", answer_seconds=300)
+    with TestClient(create_app(settings, checkpoint=rigged(checkpoint, Deadly))) as client:
         file = io.BytesIO()
         Image.new("RGB", (32, 32), (DEADLY,) * 3).save(file, "PNG")
         images = [png(seed=seed, size=(32, 32)) for seed in range(4)]
