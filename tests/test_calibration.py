@@ -120,12 +120,12 @@ def good_scores(distribution: str, *, generator: np.random.Generator, shape: tup
 )
 @pytest.mark.parametrize(("n", "weights"), [(19, (0.01, 0.45, 0.3)), (39, (1, 1, 1))])
 def test_good_parts_are_flagged_no_more_often_than_alpha(n, weights, distribution):
-    """2000 calibrations of n images, 20 good parts each: p <= alpha for a share of alpha at most.
+    """1000 calibrations of n images, 20 good parts each: p <= alpha for a share of alpha at most.
 
     The alphas are those that n gives exactly. The slack is sampling: the rate of one calibration, around k / (n + 1),
-    has the Beta(k, n + 1 - k) distribution, so three standard deviations of 2000 are 0.006 at 0.2 and less below it.
+    has the Beta(k, n + 1 - k) distribution, so three standard deviations of 1000 are 0.008 at 0.2 and less below it.
     """
-    repetitions, parts = 2000, 20
+    repetitions, parts = 1000, 20
     scores = good_scores(distribution, generator=np.random.default_rng(7), shape=(repetitions, n + parts, 3))
     alphas = np.array([1, 2, 4]) / (n + 1)
     flagged = np.zeros(3)
