@@ -113,6 +113,12 @@ class ModelConfig:
         return self.tile or self.image_size
 
     @property
+    def smoothing(self) -> float:
+        """Sigma of the component maps' smoothing, in pixels: a defect is larger than a pixel, and a mislaid edge is
+        not. What features say is smooth as it is."""
+        return self.side / 64
+
+    @property
     def stage_widths(self) -> list[int]:
         """Channels after each stage of the encoder; a stage halves the image, or the features of one.
 

@@ -61,14 +61,12 @@ def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
     """
     if any(module.training for module in networks.modules()):
         raise ValueError("scoring needs networks in eval mode.")
-    side = networks.config.side
     with unrounded():
         images = networks.standardisation(pixels.to(next(networks.parameters()).device))
-        codes, seen, reconstructions, evidence = in_tiles(networks, images, tile=side)
+        codes, seen, reconstructions, evidence = in_tiles(networks, images, tile=networks.config.side)
         maps = torch.cat([networks.residual(seen, reconstructions), evidence], dim=1)
     if networks.features is None:
-        # A defect is larger than a pixel, and a mislaid edge is not. What features say is smooth.
-        maps = smooth(maps, sigma=side / 64)
+        maps = smooth(maps, sigma=networks.config.smoothing)
         seen, reconstructions = map(networks.standardisation.intensities, (seen, reconstructions))
     return Outputs(
         reconstruction=(seen - reconstructions).square().mean(dim=(1, 2, 3)),

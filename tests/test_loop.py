@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.errors import TrainingDivergedError
 from models.scoring import outputs
 from training.config import Recipe, load_recipe
@@ -20,6 +21,7 @@ from training.loop import (
     latent_discriminator_step,
     scoring_networks,
     set_learning_rates,
+    to_mark,
     train,
 )
 from training.state import Batches, TrainingState, standardisation_of
@@ -252,6 +254,46 @@ def test_a_recipe_of_the_diary_trains(name, batches, pixels):
         (recipe.latent_loss == "wgan-gp", recipe.image_loss == "wgan-gp")
     ] * 7
     assert state.batches.drawn == batches
+
+
+@pytest.mark.parametrize(("size", "tile", "wide"), [(32, 0, 1), (128, 0, 5), (256, 0, 7), (512, 256, 7), (512, 0, 13)])
+def test_a_hairline_is_marked_as_wide_as_the_smoothing_of_its_map_needs(size, tile, wide):
+    masks = torch.zeros(1, 1, 64, 64)
+    masks[..., 20, :30] = 1
+    found = to_mark(masks, ModelConfig(image_size=size, tile=tile))
+    expected = torch.zeros(1, 1, 64, 64)
+    expected[..., 20 - wide // 2 : 20 + wide // 2 + 1, : 30 + wide // 2] = 1
+    assert torch.equal(found, expected)
+
+
+def test_a_cell_of_features_is_marked_by_how_much_of_it_is_a_defect():
+    masks = torch.zeros(1, 1, 32, 32)
+    masks[..., 0:8, 0:2] = 1  # a quarter
+    masks[..., 8, 8:16] = 1  # an eighth
+    masks[..., 16:24, 16:24] = 1
+    config = ModelConfig(image_size=32, features="resnet18", feature_layers="layer1")
+    expected = torch.zeros(4, 4)
+    expected[0, 0], expected[1, 1], expected[2, 2] = 1, 0.5, 1
+    assert torch.equal(to_mark(masks, config)[0, 0], expected)
+
+
+def test_the_head_learns_to_mark_what_is_close_to_a_defect_too(recipe, monkeypatch):
+    recipe = replace(recipe, image_size=64)
+    pixels = torch.randint(256, (10, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(4, 1, 64, 64)
+    masks[..., 20, :] = 1
+    learned: list[Tensor] = []
+
+    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
+        learned.append(wanted)
+        return logits.mean()
+
+    monkeypatch.setattr("training.loop.corrupt", lambda images, **_: (images, masks))
+    monkeypatch.setattr("training.loop.segmentation_loss", loss)
+    autoencoder_step(TrainingState(recipe, pixels, device=CPU), recipe, latent=False, image=False)
+    (wanted,) = learned
+    assert wanted.sum(dim=(1, 2, 3)).tolist() == [3 * 64] * 4
+    assert wanted[:, :, 19:22].all()
 
 
 def test_an_adversary_without_weight_is_not_trained(recipe, pixels):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.errors import TrainingDivergedError
 from models.networks import ScoringNetworks
 from training.config import AdversarialLoss, Recipe
@@ -167,7 +168,7 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
         loss = loss + recipe.image_weight * adversarial
         losses["image_adversarial"] = adversarial.detach()
     if logits is not None:
-        segmentation = segmentation_loss(logits.float(), masks_of_cells(batch.masks[own], state.networks.config.cell))
+        segmentation = segmentation_loss(logits.float(), to_mark(batch.masks[own], state.networks.config))
         loss = loss + recipe.head_weight * segmentation
         losses["segmentation"] = segmentation.detach()
     state.optimizer.zero_grad(set_to_none=True)
@@ -176,10 +177,16 @@ def autoencoder_step(state: TrainingState, recipe: Recipe, *, latent: bool, imag
     return losses
 
 
-def masks_of_cells(masks: Tensor, cell: int) -> Tensor:
-    """Masks (B, 1, H, W) -> (B, 1, H / cell, W / cell): a cell of which a quarter is a defect is one, or a crack would
-    be none."""
-    return masks if cell == 1 else (4 * F.avg_pool2d(masks, cell)).clamp(max=1)
+def to_mark(masks: Tensor, config: ModelConfig) -> Tensor:
+    """What the head is to mark of defects with masks (B, 1, H, W): (B, 1, H / cell, W / cell).
+
+    Of pixels those close to a defect too. Its logits are smoothed before they score, in which a hairline of a pixel or
+    two would drown. Of a backbone's features a cell of which a quarter is a defect.
+    """
+    if config.over_features:
+        return (4 * F.avg_pool2d(masks, config.cell)).clamp(max=1)
+    close = round(0.75 * config.smoothing)
+    return F.max_pool2d(masks, 2 * close + 1, stride=1, padding=close)
 
 
 class _Batch(NamedTuple):
