@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.results import write_results
 from models.calibration import Calibration, FloatArray
 from models.checkpoint import load_checkpoint
+from models.config import ModelConfig
 from models.images import decode_image
 from models.maps import GoodMaps, MapFusion, Weights, smooth
 from models.networks import ScoringNetworks
@@ -38,10 +39,12 @@ FIGURES = ("image AUROC", "pixel AUROC", "AUPRO@0.3", "false alarms at 0.05")
 
 @dataclass(frozen=True)
 class Variant:
-    """How the component maps are chosen, how they are fused, and what the three scores count for (None: as trained)."""
+    """How the component maps are chosen, how they are fused, of how many of its highest squares a map's score is the
+    mean, and what the three scores count for (None: as trained)."""
 
     components: Callable[[Tensor], Tensor] = lambda maps: maps[:, :-1]
     fusion: Callable[[MapFusion], MapFusion] = lambda fusion: fusion
+    highest: int | None = None
     weights: tuple[float, float, float] | None = None
 
 
@@ -74,6 +77,7 @@ VARIANTS = {
     "without the distances of its features": Variant(components=without(slice(2, None))),
     "without the gradient residual": Variant(components=lambda maps: torch.cat([maps[:, -1:], maps[:, 1:-1]], dim=1)),
     "without comparison by place": Variant(fusion=without_places),
+    "the map's peak instead of its highest squares": Variant(highest=1),
     "without fusion: the map alone": Variant(weights=(0, 0, 1)),
     "without fusion: the reconstruction score alone": Variant(weights=(1, 0, 0)),
     "without fusion: the latent score alone": Variant(weights=(0, 1, 0)),
@@ -115,12 +119,15 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     rows = []
     for name, variant in VARIANTS.items():
         weights = variant.weights or checkpoint.calibration.weights
+        config = replace(checkpoint.config, highest=variant.highest or checkpoint.config.highest)
         good = GoodMaps(of_maps)
-        calibration, fusion = calibrated(chosen(held_out, variant), split.parts, variant, good, recipe.alpha, weights)
+        calibration, fusion = calibrated(
+            chosen(held_out, variant), split.parts, variant, good, config, recipe.alpha, weights
+        )
         scores, maps = [], []
         for found in chosen(test, variant):
             fused = fusion(found.maps)
-            scores.append(table(found, fused))
+            scores.append(table(found, fused, config))
             maps += list(fused.numpy())
         anomaly = calibration.anomaly_score(np.concatenate(scores))
         full: list[MapArray] = [
@@ -146,7 +153,7 @@ def score(networks: ScoringNetworks, paths: list[Path], recipe: Recipe) -> list[
         one = outputs(networks, pixels)
         rebuilt = networks.standardisation(255 * one.reconstructions)
         difference = (images - rebuilt).abs().mean(dim=1, keepdim=True) / 2
-        plain = smooth(difference, sigma=networks.config.side / 64)
+        plain = smooth(difference, sigma=networks.config.smoothing)
         found.append(replace(one, maps=torch.cat([one.maps, plain], dim=1), reconstructions=images[:, :0]))
     return found
 
@@ -160,6 +167,7 @@ def calibrated(
     parts: list[int],
     variant: Variant,
     good: GoodMaps,
+    config: ModelConfig,
     alpha: float,
     weights: tuple[float, ...],
 ) -> tuple[Calibration, MapFusion]:
@@ -169,7 +177,7 @@ def calibrated(
     scores: list[FloatArray] = []
     singles = [one for found in held_out for one in singly(found)]
     for own, one in zip(others, singles, strict=True):
-        scores.append(table(one, variant.fusion(own)(one.maps)))
+        scores.append(table(one, variant.fusion(own)(one.maps), config))
     return Calibration(scores=np.concatenate(scores), alpha=alpha, weights=weights), variant.fusion(fusion)
 
 

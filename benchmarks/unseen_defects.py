@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.results import write_results
 from models.checkpoint import load_checkpoint
 from models.maps import OF_FEATURES, OF_PIXELS
-from models.scoring import outputs
+from models.scoring import map_score, outputs
 from training.calibrating import good_maps
 from training.data import load_images, read_dataset
 from training.run import recipe_of, split_images
@@ -92,16 +92,18 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     random = torch.Generator().manual_seed(recipe.seed)
     compared = PIXELS if networks.features is None else FEATURES
     maps: dict[str, list[Tensor]] = {name: [] for name in compared}
+    scores: dict[str, list[Tensor]] = {name: [] for name in compared}
     masks = []
     for (damaged, changed), fusion in zip(drawn(networks.standardisation(held_out), random), fusions, strict=True):
         views = fusion.views(outputs(networks, networks.standardisation.pixels(damaged)).maps)
         for name, (as_they_are, by_place) in compared.items():
             found = fusion.joined(views, torch.tensor([*as_they_are, *by_place], dtype=torch.float32))
+            scores[name].append(map_score(found, networks.config))
             maps[name].append(found[..., ::PIXEL_STRIDE, ::PIXEL_STRIDE])
         masks.append(changed[..., ::PIXEL_STRIDE, ::PIXEL_STRIDE])
     rows = []
     for name in compared:
-        kinds = figures(torch.stack(maps[name]), torch.stack(masks))
+        kinds = figures(torch.stack(scores[name]), torch.stack(maps[name]), torch.stack(masks))
         means = np.mean(list(kinds.values()), axis=0)
         rows.append(
             {

@@ -25,14 +25,16 @@ class Calibration:
     """The scores of the calibration images, (n, 3) in the order of SCORE_NAMES, and the default alpha.
 
     weights: what each score counts for in the anomaly score, in the same order, 0 or more. parts: for each image a
-    number that pictures of one part share; empty: no part is shown twice. Raises CalibrationError if n is too small
-    for alpha, a score or a weight is not finite, or parts are not those of n images.
+    number that pictures of one part share; empty: no part is shown twice. peaks: the highest value of each image's
+    map, (n,); None: that is the map's score. Raises CalibrationError if n is too small for alpha, a score, a peak or a
+    weight is not finite, or parts or peaks are not those of n images.
     """
 
     scores: FloatArray
     alpha: float
     weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     parts: tuple[int, ...] = ()
+    peaks: FloatArray | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 2 or self.scores.shape[1] != len(SCORE_NAMES):
@@ -47,6 +49,8 @@ class Calibration:
             raise CalibrationError("the weights of the scores are all 0: one must be more.")
         if self.parts and (len(self.parts) != self.n or not all(isinstance(part, int) for part in self.parts)):
             raise CalibrationError(f"the parts {list(self.parts)} are not a whole number for each of {self.n} images.")
+        if self.peaks is not None and (self.peaks.shape != (self.n,) or not np.isfinite(self.peaks).all()):
+            raise CalibrationError(f"the peaks of the maps are not a finite number for each of {self.n} images.")
         self.check_alpha(self.alpha)
 
     @property
@@ -138,7 +142,7 @@ class Calibration:
         In the unit of the anomaly map. Raises CalibrationError for an alpha that n images cannot resolve.
         """
         self.check_alpha(alpha)
-        peaks = np.sort(self.scores[:, SCORE_NAMES.index("anomaly_map")])
+        peaks = np.sort(self.scores[:, SCORE_NAMES.index("anomaly_map")] if self.peaks is None else self.peaks)
         # A p-value counts peaks >= s: at most alpha (n + 1) - 1 of them may lie above the level.
         above = math.floor(alpha * (self.n + 1) + 1e-9) - 1
         return float(peaks[self.n - 1 - above])

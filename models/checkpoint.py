@@ -80,6 +80,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             "weights": list(checkpoint.calibration.weights),
             "scores": checkpoint.calibration.scores.tolist(),
             "parts": list(checkpoint.calibration.parts),
+            "peaks": None if checkpoint.calibration.peaks is None else checkpoint.calibration.peaks.tolist(),
         },
         "origin": checkpoint.origin,
         "metrics": checkpoint.metrics,
@@ -117,11 +118,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
     try:
         config = ModelConfig(**record["model_config"])
+        stored = record["calibration"]
         calibration = Calibration(
-            scores=np.asarray(record["calibration"]["scores"], dtype=np.float64),
-            alpha=record["calibration"]["alpha"],
-            weights=tuple(record["calibration"]["weights"]),
-            parts=tuple(record["calibration"]["parts"]),
+            scores=np.asarray(stored["scores"], dtype=np.float64),
+            alpha=stored["alpha"],
+            weights=tuple(stored["weights"]),
+            parts=tuple(stored["parts"]),
+            # Checkpoints from before a map scored by anything else hold none.
+            peaks=None if stored.get("peaks") is None else np.asarray(stored["peaks"], dtype=np.float64),
         )
         networks, fusion = _load_state(config, weights)
     except (ConfigError, CalibrationError) as error:

@@ -36,6 +36,9 @@ class ModelConfig:
     feature_layers: str = ""  # names of its layers, with commas between them; empty: those of FEATURE_LAYERS
     feature_channels: int = 128  # numbers that are kept of each place
     feature_padding: Padding = "torchvision"  # how the backbone's strided layers pad: where its weights were trained
+    # Of how many of the anomaly map's highest squares its score is the mean. 1, as of checkpoints from before there was
+    # a choice: its score is its peak.
+    highest: int = 1
 
     def __post_init__(self) -> None:
         largest = 16 * MAX_SIDE if self.tile else MAX_SIDE
@@ -61,6 +64,9 @@ class ModelConfig:
             raise ConfigError(f"batch_norm is {self.batch_norm!r}: allowed are {', '.join(get_args(NormPosition))}.")
         if not 0 <= self.head_width <= 256 or self.head_width % 8:
             raise ConfigError(f"head_width is {self.head_width}: allowed are 0 (no head) and multiples of 8 to 256.")
+        squares = (self.image_size // self.square) ** 2
+        if not 1 <= self.highest <= squares:
+            raise ConfigError(f"highest is {self.highest}: allowed are 1 to {squares}, the squares of the anomaly map.")
         self._check_features()
 
     def _check_features(self) -> None:
@@ -117,6 +123,11 @@ class ModelConfig:
         """Sigma of the component maps' smoothing, in pixels: a defect is larger than a pixel, and a mislaid edge is
         not. What features say is smooth as it is."""
         return self.side / 64
+
+    @property
+    def square(self) -> int:
+        """Pixels on each side of the squares that `highest` counts: as many as the smoothing leaves apart."""
+        return max(self.side // 64, 1)
 
     @property
     def stage_widths(self) -> list[int]:

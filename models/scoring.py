@@ -15,6 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from models.calibration import SCORE_NAMES, Calibration, FloatArray
+from models.config import ModelConfig
 from models.errors import ConfigError
 from models.maps import MapFusion, smooth, unrounded
 from models.networks import ScoringNetworks, cells_of, places_of
@@ -126,16 +127,29 @@ def stitched(pieces: list[Tensor], cuts: list[tuple[slice, slice]], size: int, c
     return whole / total
 
 
-def columns(found: Outputs, maps: Tensor) -> Tensor:
-    """The scores (B, 3) in the order of SCORE_NAMES; that of the anomaly maps (B, S, S) is their highest value."""
+def map_score(maps: Tensor, config: ModelConfig) -> Tensor:
+    """What anomaly maps (B, S, S) say of their images, (B,): the mean of the highest of their squares. One hot pixel
+    is chance, and a defect is hot where it lies."""
+    if config.highest == 1:
+        return peaks(maps)
+    squares = F.avg_pool2d(maps.unsqueeze(1), config.square, ceil_mode=True).flatten(1)
+    return squares.topk(config.highest).values.mean(dim=1)
+
+
+def peaks(maps: Tensor) -> Tensor:
+    """The highest values of maps (B, S, S): (B,)."""
     # One axis after the other: of both at once a CPU takes ten times as long.
-    highest = maps.amax(dim=2).amax(dim=1)
-    return torch.stack([found.reconstruction, found.latent, highest], dim=1)
+    return maps.amax(dim=2).amax(dim=1)
 
 
-def table(found: Outputs, maps: Tensor) -> FloatArray:
+def columns(found: Outputs, maps: Tensor, config: ModelConfig) -> Tensor:
+    """The scores (B, 3), in the order of SCORE_NAMES, of images with anomaly maps (B, S, S)."""
+    return torch.stack([found.reconstruction, found.latent, map_score(maps, config)], dim=1)
+
+
+def table(found: Outputs, maps: Tensor, config: ModelConfig) -> FloatArray:
     """The same in the host's memory."""
-    return columns(found, maps).double().cpu().numpy()
+    return columns(found, maps, config).double().cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +197,7 @@ class Scorer:
         """
         found = outputs(self.networks, pixels)
         maps = self.fusion(found.maps)
-        return columns(found, maps), maps, found.reconstructions
+        return columns(found, maps, self.config), maps, found.reconstructions
 
     def verdicts(self, scores: Tensor, maps: Tensor) -> Scores:
         """The host's part."""

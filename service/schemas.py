@@ -45,7 +45,7 @@ class NamedScores(BaseModel):
 
     reconstruction: float = Field(description="Mean squared error: of intensities in [0, 1], or of features.")
     latent: float = Field(description="Negative log-likelihood of the code under N(0, I), nats per latent dimension.")
-    anomaly_map: float = Field(description="The anomaly map's highest value, in its unit.")
+    anomaly_map: float = Field(description="The mean of the anomaly map's highest squares, in its unit.")
 
 
 class RegionBox(BaseModel):

@@ -49,9 +49,7 @@ def config() -> ModelConfig:
 @pytest.fixture
 def checkpoint(config: ModelConfig) -> Checkpoint:
     """Untrained networks, with a calibration of nineteen images: alpha = 0.05 is just resolved."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        networks = ScoringNetworks(config, Standardisation()).eval()
+    networks = ScoringNetworks(config, Standardisation()).eval()
     scores = np.random.default_rng(0).normal(loc=[0.03, 0.92, 0.101], scale=0.01, size=(19, 3))
     return Checkpoint(
         networks=networks,

@@ -308,6 +308,21 @@ def test_map_level_reads_the_map_and_no_other_score():
     assert Calibration(scores=scores, alpha=0.05).map_level(0.2) == level
 
 
+def test_map_level_is_one_of_the_peaks_where_the_maps_score_is_something_else():
+    scores = calibration_of(19).scores
+    peaks = 2 + np.arange(19.0)[::-1]
+    calibration = Calibration(scores=scores, alpha=0.05, peaks=peaks)
+    assert calibration.map_level(0.05) == 20
+    assert calibration.map_level(0.1) == 19
+    assert np.array_equal(calibration.good_scores, Calibration(scores=scores, alpha=0.05).good_scores)
+
+
+@pytest.mark.parametrize("peaks", [np.ones(18), np.ones((19, 1)), np.full(19, math.nan), np.full(19, math.inf)])
+def test_peaks_that_are_not_a_number_for_each_image_are_refused(peaks):
+    with pytest.raises(CalibrationError, match="the peaks of the maps are not a finite number for each of 19 images"):
+        Calibration(scores=calibration_of(19).scores, alpha=0.05, peaks=peaks)
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.25])
 def test_good_maps_exceed_the_level_no_more_often_than_alpha(alpha):
     """Exact in expectation; 40000 maps, so that two standard deviations are 0.0043 at most."""

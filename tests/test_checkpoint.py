@@ -141,6 +141,28 @@ def test_a_tiled_checkpoint_scores_the_same_after_loading(tmp_path, checkpoint):
     assert np.array_equal(before.maps, after.maps)
 
 
+def test_a_checkpoint_keeps_what_a_map_scores_by_and_the_peaks_beside(tmp_path, checkpoint):
+    saved = with_config(checkpoint, replace(checkpoint.config, highest=16))
+    peaks = np.random.default_rng(1).normal(size=19)
+    saved = replace(saved, calibration=replace(saved.calibration, peaks=peaks))
+    save_checkpoint(tmp_path / "nut", saved)
+    loaded = load_checkpoint(tmp_path / "nut")
+    assert loaded.calibration.map_level(0.05) == peaks.max()
+    before, after = (one.scorer(CPU).score(pixels_of(4)) for one in (saved, loaded))
+    assert np.array_equal(before.scores, after.scores)
+    assert (after.scores[:, 2] < after.maps.max(axis=(1, 2))).all()
+
+
+def test_a_checkpoint_from_before_squares_counted_scores_by_peaks(folder):
+    record = json.loads((folder / "model.json").read_bytes())
+    del record["model_config"]["highest"], record["calibration"]["peaks"]
+    rewrite(folder, {key: record[key] for key in ("model_config", "calibration")})
+    loaded = load_checkpoint(folder)
+    scores = loaded.scorer(CPU).score(pixels_of(4))
+    assert scores.scores[:, 2] == pytest.approx(scores.maps.max(axis=(1, 2)))
+    assert loaded.calibration.map_level(0.05) == loaded.calibration.scores[:, 2].max()
+
+
 def test_saving_what_was_loaded_gives_the_same_files(tmp_path, folder):
     save_checkpoint(tmp_path / "again", load_checkpoint(folder))
     assert files_of(tmp_path / "again") == files_of(folder)

@@ -410,6 +410,8 @@ TILES_ALLOWED = "0 (the image in one piece) and multiples of 16 from 32 to 512 a
         ("head_width", -8, "0 (no head) and multiples of 8 to 256"),
         ("head_width", 12, "0 (no head) and multiples of 8 to 256"),
         ("head_width", 264, "0 (no head) and multiples of 8 to 256"),
+        ("highest", 0, "1 to 4096, the squares of the anomaly map"),
+        ("highest", 4097, "1 to 4096, the squares of the anomaly map"),
         *(("tile", tile, TILES_ALLOWED) for tile in (-32, 16, 40, 144)),
     ],
 )
@@ -428,6 +430,7 @@ def test_a_config_refuses_by_field_value_and_what_is_allowed(field, value, allow
         ("latent_dim", (1, 1024)),
         ("head_width", (0, 8, 256)),
         ("tile", (0, 32, 128)),
+        ("highest", (1, 4096)),
     ],
 )
 def test_a_config_takes_both_ends_of_a_range(field, values):

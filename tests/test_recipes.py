@@ -361,5 +361,6 @@ def test_a_recipe_cannot_be_changed():
 def test_the_model_config_holds_the_recipes_own_values():
     recipe = load_recipe("tiny", ["image_size=96", "channels=1", "width=24", "latent=vector", "latent_dim=5"])
     config = asdict(recipe.model_config())
-    assert config == {key: getattr(recipe, key) for key in config}
+    assert config == {key: getattr(recipe, key) for key in config if key != "highest"} | {"highest": 16}
     assert (config["image_size"], config["channels"], config["latent"]) == (96, 1, "vector")
+    assert load_recipe("features", []).model_config().highest == 1

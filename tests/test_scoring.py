@@ -26,6 +26,7 @@ from models.scoring import (
     choose_device,
     in_tiles,
     latent_score,
+    map_score,
     outputs,
     regions,
     resize_map,
@@ -161,7 +162,7 @@ def test_outputs_of_networks_without_a_head_have_one_component_map():
 def test_the_table_holds_the_scores_by_name_and_the_maps_peak(scorer):
     found = outputs(scorer.networks, pixels_of(3))
     maps = scorer.fusion(found.maps)
-    scores = table(found, maps)
+    scores = table(found, maps, scorer.config)
     assert scores.dtype == np.float64
     columns = {
         "reconstruction": found.reconstruction.numpy(),
@@ -170,6 +171,33 @@ def test_the_table_holds_the_scores_by_name_and_the_maps_peak(scorer):
     }
     for index, name in enumerate(SCORE_NAMES):
         assert np.array_equal(scores[:, index], columns[name].astype(np.float64))
+
+
+def test_a_map_scores_by_the_mean_of_its_highest_squares():
+    config = ModelConfig(image_size=128, highest=4)
+    assert config.square == 2
+    maps = torch.zeros(3, 128, 128)
+    maps[0, 10, 20] = 8  # one hot pixel: a quarter of one square
+    maps[1, 40:44, 60:64] = 8  # a defect as large as four of them
+    maps[2] = 1
+    assert map_score(maps, config).tolist() == [0.5, 8, 1]
+    assert map_score(maps, replace(config, highest=1)).tolist() == [8, 8, 1]
+
+
+def test_squares_reach_the_border_of_any_map():
+    config = ModelConfig(image_size=208, highest=1)  # 69 squares of three pixels, and one pixel
+    maps = torch.zeros(1, 208, 208)
+    maps[:, -1, -1] = 1
+    assert map_score(maps, replace(config, highest=2)).item() == 0.5
+
+
+def test_the_squares_of_a_map_are_as_large_as_what_the_networks_see_makes_them():
+    """In an image that is scored in tiles a defect of as many pixels counts as much as in one that is not."""
+    maps = torch.zeros(1, 256, 256)
+    maps[0, 40:48, 60:68] = 1
+    in_tiles = ModelConfig(image_size=256, tile=128, highest=16)
+    assert map_score(maps, in_tiles).item() == 1
+    assert map_score(maps, ModelConfig(image_size=256, highest=16)).item() == 0.25
 
 
 @pytest.mark.parametrize("training", ["encoder", "decoder", "head"])

@@ -68,18 +68,28 @@ def test_defects_lie_on_the_part():
 def test_figures_are_perfect_for_maps_of_the_masks_and_by_chance_for_noise():
     masks = torch.stack([masks for _, masks in drawn(textures(12, 64), seeded())])
     perfect = torch.cat([torch.zeros(12, 1, 64, 64), masks.float()], dim=1)
-    for found in figures(perfect, masks).values():
+    for found in figures(perfect.amax(dim=(2, 3)), perfect, masks).values():
         assert found.image_auroc > 0.8  # some cannot be seen
         assert found.pixel_auroc == found.aupro == 1
     noise = torch.rand(perfect.shape, generator=seeded())
-    for found in figures(noise, masks).values():
+    for found in figures(noise.amax(dim=(2, 3)), noise, masks).values():
         assert abs(found.image_auroc - 0.5) < 0.35
         assert abs(found.pixel_auroc - 0.5) < 0.1
         assert abs(found.aupro - 0.15) < 0.1
 
 
+def test_images_are_told_by_their_scores_and_pixels_by_their_maps():
+    masks = torch.stack([masks for _, masks in drawn(textures(12, 64), seeded())])
+    maps = torch.cat([torch.zeros(12, 1, 64, 64), masks.float()], dim=1)
+    scores = torch.ones(12, 1 + len(KINDS))
+    scores[:, 0] = 2  # good images alone
+    for found in figures(scores, maps, masks).values():
+        assert found == (0, 1, 1)
+
+
 def test_kinds_that_cannot_be_seen_are_left_out():
     images = torch.zeros(4, 3, 64, 64)  # the same the wrong way round, and however it is wiped
     masks = torch.stack([masks for _, masks in drawn(images, seeded())])
-    found = figures(torch.rand((4, 1 + len(KINDS), 64, 64), generator=seeded()), masks)
+    maps = torch.rand((4, 1 + len(KINDS), 64, 64), generator=seeded())
+    found = figures(maps.amax(dim=(2, 3)), maps, masks)
     assert set(found) == set(KINDS) - {"turned", "smear"}

@@ -10,7 +10,7 @@ from models.calibration import Calibration
 from models.density import FeatureDistance, GoodFeatures
 from models.maps import GoodMaps, MapFusion, fusion_weights
 from models.networks import ScoringNetworks, SegmentationHead, cells_of, places_of
-from models.scoring import outputs, table, windows
+from models.scoring import map_score, outputs, peaks, table, windows
 from training import unseen
 from training.config import Recipe
 
@@ -48,13 +48,21 @@ def calibrate(
     """
     fusion, fusions_of_the_others = good_maps(networks, held_out).fusions(parts)
     weights_of_maps, weights_of_scores = chosen_weights(networks, fusion, training[:WEIGHT_IMAGES], recipe)
-    scores = []
+    scores, highest = [], []
     for image, own in zip(torch.split(held_out, 1), fusions_of_the_others, strict=True):
         own.weights = weights_of_maps
         found = outputs(networks, image)
-        scores.append(table(found, own.to(found.maps.device)(found.maps)))
+        maps = own.to(found.maps.device)(found.maps)
+        scores.append(table(found, maps, networks.config))
+        highest.append(peaks(maps).double().cpu().numpy())
     fusion.weights = weights_of_maps
-    calibration = Calibration(np.concatenate(scores), alpha=recipe.alpha, weights=weights_of_scores, parts=tuple(parts))
+    calibration = Calibration(
+        np.concatenate(scores),
+        alpha=recipe.alpha,
+        weights=weights_of_scores,
+        parts=tuple(parts),
+        peaks=np.concatenate(highest),
+    )
     return fusion.to(next(networks.parameters()).device), calibration
 
 
@@ -78,21 +86,23 @@ def chosen_weights(
     device, random = next(networks.parameters()).device, torch.Generator().manual_seed(recipe.seed)
     stride = max(networks.config.image_size // PLACES, 1)
     maps: list[list[Tensor]] = [[] for _ in candidates]
+    of_maps: list[list[Tensor]] = [[] for _ in candidates]
     scores, masks = [], []
     for damaged, changed in unseen.drawn(networks.standardisation(pixels.to(device)).cpu(), random):
         found = outputs(networks, networks.standardisation.pixels(damaged.to(device)))
         views = fusion.views(found.maps.cpu())
-        for candidate, own in zip(candidates, maps, strict=True):
-            own.append(fusion.joined(views, candidate)[:, ::stride, ::stride])  # (1 + kinds, P, P)
+        for candidate, own, of_own in zip(candidates, maps, of_maps, strict=True):
+            joined = fusion.joined(views, candidate)  # (1 + kinds, S, S)
+            own.append(joined[:, ::stride, ::stride])
+            of_own.append(map_score(joined, networks.config))
         scores.append(torch.stack([found.reconstruction, found.latent]).cpu())  # (2, 1 + kinds)
         masks.append(changed[:, ::stride, ::stride])
     worth = []
-    for own in maps:
-        found_kinds = unseen.figures(torch.stack(own), torch.stack(masks)).values()
+    for own, of_own in zip(maps, of_maps, strict=True):
+        found_kinds = unseen.figures(torch.stack(of_own), torch.stack(own), torch.stack(masks)).values()
         worth.append(sum(kind.image_auroc + kind.aupro for kind in found_kinds))
     best = worth.index(max(worth))
-    peaks = torch.stack(maps[best]).flatten(2).amax(dim=2)  # (n, 1 + kinds)
-    of_images = [*torch.stack(scores, dim=1), peaks]  # in the order of SCORE_NAMES
+    of_images = [*torch.stack(scores, dim=1), torch.stack(of_maps[best])]  # (n, 1 + kinds) each, as in SCORE_NAMES
     return candidates[best], weights_of([unseen.image_auroc(one) for one in of_images])
 
 

@@ -154,6 +154,8 @@ class Recipe:
             feature_layers=self.feature_layers,
             feature_channels=self.feature_channels,
             feature_padding=self.feature_padding,
+            # Over features a map is coarser: it was measured by its peak.
+            highest=1 if self.over_features else 16,
         )
 
 

@@ -28,18 +28,17 @@ class Figures(NamedTuple):
     aupro: float
 
 
-def figures(maps: Tensor, masks: Tensor) -> dict[str, Figures]:
+def figures(scores: Tensor, maps: Tensor, masks: Tensor) -> dict[str, Figures]:
     """How well each kind is found that can be seen: some parts look the same the wrong way round.
 
-    maps: of n images, good and with a defect of each kind, (n, 1 + kinds, H, W), an image's score being its peak.
-    masks: of the latter, (n, kinds, H, W).
+    Of n images, good and with a defect of each kind: scores (n, 1 + kinds), maps (n, 1 + kinds, H, W). masks: of
+    the latter, (n, kinds, H, W).
     """
-    peaks = maps.flatten(2).amax(dim=2)  # (n, 1 + kinds)
     found = {}
     for index, kind in enumerate(KINDS):
         if masks[:, index].any():
             pixels = metrics.pixel_statistics(list(maps[:, 1 + index].numpy()), list(masks[:, index].numpy()))
-            auroc = image_auroc(peaks[:, [0, 1 + index]])
+            auroc = image_auroc(scores[:, [0, 1 + index]])
             found[kind] = Figures(auroc, metrics.pixel_auroc(pixels), metrics.aupro(pixels))
     return found
 

@@ -10,7 +10,7 @@ const SCORES = {
   anomaly_score: ["Anomaly score", "the three below in one, in standard deviations of good parts"],
   reconstruction: ["Reconstruction", "mean squared error per pixel and channel"],
   latent: ["Latent", "negative log-likelihood of the code, nats per dimension"],
-  anomaly_map: ["Anomaly map", "the map's highest value"],
+  anomaly_map: ["Anomaly map", "the map where it is highest"],
 };
 
 let turn = 0; // of two images that are being prepared the later one is shown
