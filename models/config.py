@@ -127,7 +127,7 @@ class ModelConfig:
     @property
     def square(self) -> int:
         """Pixels on each side of the squares that `highest` counts: as many as the smoothing leaves apart."""
-        return max(self.side // 64, 1)
+        return max(int(self.smoothing), 1)
 
     @property
     def stage_widths(self) -> list[int]:
