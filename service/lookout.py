@@ -21,7 +21,7 @@ from models.scoring import resize_map
 from service.answers import map_size, png_bytes
 from service.errors import ERRORS, ServiceError, documented, shown
 from service.registry import ServedModel
-from service.routes import FILE_SCHEMA, IMAGE_KINDS, Service, current_service, ready_service, received_and_scored
+from service.routes import FILE_SCHEMA, IMAGE_KINDS, current_service, ready_service, received_and_scored
 from service.scoring import Running, Verdict
 from service.security import check_key
 
@@ -92,10 +92,10 @@ async def detect(
     """Errors have that service's shape too: a name in the header x-amzn-ErrorType, and a Message."""
     try:
         check_key(request)
-        service = await current_service(request)
-        running = await ready_service(service)
+        service = current_service(request)
+        running = ready_service(service)
         model = await running.registry.get(f"{project}:{version}")
-        verdict = await _verdict(request, service, running, model)
+        verdict = await _verdict(request, running, model)
     except (ServiceError, ImageError) as error:
         return _exception(error)
     with service.telemetry.stage("encode").time():
@@ -103,12 +103,12 @@ async def detect(
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-async def _verdict(request: Request, service: Service, running: Running, model: ServedModel) -> Verdict:
+async def _verdict(request: Request, running: Running, model: ServedModel) -> Verdict:
     media_type = request.headers.get("content-type", "")
     if not media_type.lower().startswith("image/"):
         raise ServiceError("unsupported_media_type", f"the Content-Type is {shown(media_type)}: allowed is image/*.")
     alpha = model.calibration.alpha
-    _, (outcome,) = await received_and_scored(request, service, running, model, alpha=alpha)
+    _, (outcome,) = await received_and_scored(request, running, model, alpha=alpha)
     assert isinstance(outcome, Verdict)  # an error of an image that comes alone is raised
     return outcome
 

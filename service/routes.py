@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Security
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
@@ -18,13 +18,12 @@ from service.forms import FIELD, Upload, read_uploads
 from service.registry import Registry, ServedModel, Version
 from service.schemas import Health, ModelDetails, ModelList, ModelSummary, ScoreAnswer, ScoreQuery
 from service.scoring import Outcome, Running, score_uploads
-from service.security import Keys, read_keys, require_key
+from service.security import BEARER, HEADER, Keys, check_key, read_keys
 from service.settings import Settings
 from service.telemetry import Telemetry
 
 router = APIRouter()
 SCORE_PATH = "/score"
-KEYED = [Depends(require_key)]
 
 
 @dataclass
@@ -52,12 +51,13 @@ class Service:
                 logger.error("the keys stay as they were: %s", error)
 
 
-async def current_service(request: Request) -> Service:
+def current_service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-async def ready_service(service: Annotated[Service, Depends(current_service)]) -> Running:
+def ready_service(service: Service) -> Running:
+    """Raises ServiceError while it starts and when it stops."""
     if service.drain.begun:
         raise not_ready("stopping", close=True)
     if service.running is None:
@@ -65,8 +65,15 @@ async def ready_service(service: Annotated[Service, Depends(current_service)]) -
     return service.running
 
 
-AService = Annotated[Service, Depends(current_service)]
-ARunning = Annotated[Running, Depends(ready_service)]
+async def admitted(
+    request: Request, _bearer: Annotated[object, Security(BEARER)], _header: Annotated[object, Security(HEADER)]
+) -> Running:
+    """The service, for who has a key. One dependency for all of it: the framework takes 0.06 ms over each."""
+    check_key(request)
+    return ready_service(current_service(request))
+
+
+Admitted = Annotated[Running, Depends(admitted)]
 
 FILE_SCHEMA = {"type": "string", "format": "binary", "contentMediaType": "application/octet-stream"}
 IMAGE_KINDS = ("png", "jpeg", "webp", "bmp", "tiff")
@@ -101,11 +108,8 @@ SCORE_ERRORS = (
     response_class=Response,
     responses={200: {"model": ScoreAnswer, "description": "One result per image."}, **documented(*SCORE_ERRORS)},
     openapi_extra=SCORE_BODY,
-    dependencies=KEYED,
 )
-async def score(
-    request: Request, query: Annotated[ScoreQuery, Query()], service: AService, running: ARunning
-) -> Response:
+async def score(request: Request, query: Annotated[ScoreQuery, Query()], running: Admitted) -> Response:
     """Find what is unlike the good parts that the model has seen.
 
     Of several images, one that cannot be read has an `error` in its result and the others have theirs; an image sent
@@ -113,7 +117,7 @@ async def score(
     """
     model = await running.registry.get(query.model)
     alpha = _checked_alpha(query.alpha, model.calibration)
-    uploads, outcomes = await received_and_scored(request, service, running, model, alpha=alpha)
+    uploads, outcomes = await received_and_scored(request, running, model, alpha=alpha)
     parts = answer_parts(running, model, uploads, outcomes, map_format=query.map, alpha=alpha)
     if query.map == "none" or len(outcomes) == 1:
         return Response(b"".join([part async for part in parts]), media_type="application/json")
@@ -124,9 +128,8 @@ async def score(
     "/models",
     summary="The models that are served",
     responses=documented("unauthorized", "not_ready"),
-    dependencies=KEYED,
 )
-async def list_models(running: ARunning) -> ModelList:
+async def list_models(running: Admitted) -> ModelList:
     registry = running.registry
     return ModelList(models=[_summary(version, registry) for version in registry.answering()])
 
@@ -135,9 +138,8 @@ async def list_models(running: ARunning) -> ModelList:
     "/models/{name}",
     summary="A model in detail",
     responses=documented("unauthorized", "model_unknown", "invalid_parameter", "not_ready", "model_unavailable"),
-    dependencies=KEYED,
 )
-async def model_details(name: Annotated[str, Path(max_length=255)], running: ARunning) -> ModelDetails:
+async def model_details(name: Annotated[str, Path(max_length=255)], running: Admitted) -> ModelDetails:
     """The name may be NAME:VERSION."""
     version, model = await running.registry.get_version(name)
     checkpoint = model.checkpoint
@@ -158,23 +160,25 @@ async def live() -> Health:
 
 
 @router.get("/health/ready", summary="The models are loaded and warm", responses=documented("not_ready"))
-async def ready(running: ARunning) -> Health:  # noqa: ARG001 - the dependency is the check
+async def ready(request: Request) -> Health:
+    ready_service(current_service(request))
     return Health(status="ready")
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-async def metrics(request: Request, service: AService) -> Response:
-    content, media_type = service.telemetry.exposition(request.headers.get("accept", ""))
+async def metrics(request: Request) -> Response:
+    content, media_type = current_service(request).telemetry.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type})
 
 
 async def received_and_scored(
-    request: Request, service: Service, running: Running, model: ServedModel, *, alpha: float
+    request: Request, running: Running, model: ServedModel, *, alpha: float
 ) -> tuple[list[Upload], list[Outcome]]:
     """A request's uploads and what became of each, within the times that clients have.
 
     Raises ServiceError, ClientDisconnect, and the ImageError of an image that was sent alone.
     """
+    service = current_service(request)
     limits = service.settings
     with service.telemetry.stage("receive").time():
         reading = read_uploads(request, max_files=limits.max_files)

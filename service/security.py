@@ -7,9 +7,7 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-from fastapi import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -95,15 +93,6 @@ def presented_key(headers: Headers) -> str | None:
     if len(keys) > 1:
         raise _unauthorized("the request has two keys that differ: give one.")
     return keys.pop() if keys else None
-
-
-async def require_key(
-    request: Request,
-    _bearer: Annotated[object, Security(BEARER)],
-    _header: Annotated[object, Security(HEADER)],
-) -> None:
-    """`check_key` as a dependency."""
-    check_key(request)
 
 
 def check_key(request: Request) -> None:
