@@ -62,7 +62,7 @@ OURS = "Hazelnut"
 CEILING = "ceiling, no HTTP"
 WARM_SECONDS = 2
 LONE_TURNS = 3
-LEAST_LONE = 5  # seconds: a peer may take more than one to its first answer of a turn
+LEAST_SECONDS = 5  # of a load: a peer may take more than two to its first answer
 # What scores and their cost depend on has to be the same in both environments; of the others the version is recorded.
 SAME = ("torch", "torchvision", "numpy", "pillow")
 RECORDED = ("fastapi", "uvicorn", "litserve", "bentoml")
@@ -144,14 +144,14 @@ def versions(peers_python: Path) -> dict[str, str]:
 
 def measure(server: Server, workload: Workload, seconds: int, connections: int) -> Turn:
     check(server, workload)
-    load(server, workload, WARM_SECONDS, connections)
+    load(server, workload, LEAST_SECONDS, connections)
     turn: Turn = {"ready_seconds": server.ready_seconds}
     with ThreadPoolExecutor(1) as thread:
         loaded = thread.submit(load, server, workload, seconds, connections)
         time.sleep(seconds / 2)
         turn["memory_mib"] = server.memory()
         turn |= loaded.result()
-    part = max(math.ceil(seconds / 5), LEAST_LONE)
+    part = max(math.ceil(seconds / 5), LEAST_SECONDS)
     lone, alone = [], []
     for _ in range(LONE_TURNS):
         lone.append(load(server, workload, part, 1)["p50_ms"])
