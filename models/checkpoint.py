@@ -127,6 +127,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             # Checkpoints from before a map scored by anything else hold none.
             peaks=None if stored.get("peaks") is None else np.asarray(stored["peaks"], dtype=np.float64),
         )
+        if config.highest > 1 and calibration.peaks is None:
+            raise CalibrationError(f"the calibration holds no peaks of maps: with highest {config.highest} it must.")
         networks, fusion = _load_state(config, weights)
     except (ConfigError, CalibrationError) as error:
         raise CheckpointError(f"{folder / RECORD_FILE}: {error}") from error

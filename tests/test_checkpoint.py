@@ -153,6 +153,12 @@ def test_a_checkpoint_keeps_what_a_map_scores_by_and_the_peaks_beside(tmp_path, 
     assert (after.scores[:, 2] < after.maps.max(axis=(1, 2))).all()
 
 
+def test_a_checkpoint_whose_maps_score_by_squares_needs_the_peaks_too(tmp_path, checkpoint):
+    save_checkpoint(tmp_path / "nut", with_config(checkpoint, replace(checkpoint.config, highest=16)))
+    with pytest.raises(CheckpointError, match="holds no peaks of maps: with highest 16 it must"):
+        load_checkpoint(tmp_path / "nut")
+
+
 def test_a_checkpoint_from_before_squares_counted_scores_by_peaks(folder):
     record = json.loads((folder / "model.json").read_bytes())
     del record["model_config"]["highest"], record["calibration"]["peaks"]

@@ -1,6 +1,7 @@
 """A run's folder: what it holds, and that no kill and no full disk loses more than the steps since the last state."""
 
 import hashlib
+import io
 import json
 import resource
 import shutil
@@ -43,7 +44,15 @@ def recipe() -> Recipe:
     return load_recipe("tiny", TINY)
 
 
-def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False, backbone_weights: Path | None = None) -> Path:
+def run(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    backbone_weights: Path | None = None,
+    console: Console = QUIET,
+) -> Path:
     return train_folder(
         data,
         out,
@@ -51,7 +60,7 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False, backbone
         resume=resume,
         device=torch.device("cpu"),
         command="hazelnut train",
-        console=QUIET,
+        console=console,
         backbone_weights=backbone_weights,
     )
 
@@ -75,6 +84,17 @@ def test_a_run_leaves_its_checkpoint_its_log_and_its_state(data, tmp_path, recip
     assert [line["step"] for line in lines] == [10, 12]
     assert lines[0]["images_per_second"] > 0
     assert {"reconstruction", "latent_discriminator", "image_adversarial"} <= set(lines[0])
+
+
+def test_training_says_what_the_product_chose(data, tmp_path, recipe):
+    said = Console(file=io.StringIO(), width=200)
+    checkpoint = load_checkpoint(run(data, tmp_path / "run", recipe, console=said))
+    weights = checkpoint.fusion.weights
+    by_place = weights[len(weights) // 2 :].sum() / weights.sum()
+    of_map = checkpoint.calibration.weights[2] / sum(checkpoint.calibration.weights)
+    text = said.file.getvalue()
+    assert f"{by_place:.0%} of the map compares by place" in text
+    assert f"anomaly_map {of_map:.0%}" in text
 
 
 def test_tensorboard_shows_the_losses_that_the_log_holds(data, tmp_path, recipe):

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from models.calibration import SCORE_NAMES, Calibration
 from models.checkpoint import Checkpoint, save_checkpoint
 from models.errors import DataError, TrainingDivergedError, TrainingError
 from models.files import replace_file
+from models.maps import MapFusion
 from training.backbone import Backbone, load_backbone
 from training.calibrating import calibrate, fit_distances
 from training.config import Recipe, recipe_from_dict
@@ -111,6 +113,7 @@ def train_folder(
     with console.status(f"calibrating by {len(calibration)} held-out good images"):
         fit_distances(networks, training)
         fusion, calibration_of_scores = calibrate(networks, training, calibration, split.parts, recipe)
+    console.print(_chosen(fusion, calibration_of_scores), highlight=False)
     origin = {**asdict(run), "training_images": len(training)}
     save_checkpoint(
         out / CHECKPOINT,
@@ -123,6 +126,17 @@ def train_folder(
         ),
     )
     return out / CHECKPOINT
+
+
+def _chosen(fusion: MapFusion, calibration: Calibration) -> str:
+    """What this product chose, in a sentence: see training/calibrating.py."""
+    as_they_are, by_place = fusion.weights.view(2, -1).sum(dim=1).tolist()
+    whole = sum(calibration.weights)
+    shares = (f"{name} {weight / whole:.0%}" for name, weight in zip(SCORE_NAMES, calibration.weights, strict=True))
+    return (
+        f"by defects drawn on good images, {by_place / (as_they_are + by_place):.0%} of the map compares by place, and "
+        f"the anomaly score is {', '.join(shares)}"
+    )
 
 
 def split_images(dataset: Dataset, recipe: Recipe) -> Split:
