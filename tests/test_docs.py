@@ -16,7 +16,10 @@ from service.settings import Settings
 from training.config import Recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -47,23 +50,41 @@ def test_every_recipe_key_is_documented():
     assert [field.name for field in fields(Recipe) if f"`{field.name}`" not in text] == []
 
 
+def commands_in(path: Path) -> list[list[str]]:
+    """Of `hazelnut`, with or without a folder before it: in blocks, set off by four spaces, or in a line of text."""
+    text = path.read_text()
+    lines = re.findall(r"^(?: {4})?(?:\S*/)?(hazelnut [a-z].*)$", text, flags=re.MULTILINE)
+    lines += re.findall(r"`(hazelnut [a-z][^`]*)`", text)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_in_a_document_exists_with_its_flags(path):
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    for block in blocks(path, "sh"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] != ["hazelnut"]:
-                continue
-            flags = {flag for option in commands[words[1]].params for flag in [*option.opts, *option.secondary_opts]}
-            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= flags, line
+    for _, verb, *words in commands_in(path):
+        flags = {flag for option in commands[verb].params for flag in [*option.opts, *option.secondary_opts]}
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= flags, (verb, words)
+
+
+def test_the_documents_have_commands():
+    assert {words[1] for path in DOCUMENTS for words in commands_in(path)} == set(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_in_a_document_leads_somewhere(path):
-    links = re.findall(r'\]\(([^)#]+)|src="([^"]+)"', path.read_text())
+    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', path.read_text())
     targets = [link or source for link, source in links if not (link or source).startswith("http")]
-    assert [target for target in targets if not (path.parent / target).exists()] == []
+    for target in targets:
+        file, _, anchor = target.partition("#")
+        page = path.parent / file if file else path
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), target
 
 
 def test_every_make_verb_in_the_documents_exists():

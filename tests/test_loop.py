@@ -17,6 +17,7 @@ from training.corruption import corrupt
 from training.loop import (
     _jittered,
     autoencoder_step,
+    average_weights,
     image_discriminator_step,
     latent_discriminator_step,
     scoring_networks,
@@ -358,9 +359,17 @@ def test_without_averaging_the_scoring_weights_are_the_trained_ones(recipe, pixe
     assert equal(parameters_of(scoring_networks(state, recipe)), parameters_of(state.networks))
 
 
-def test_averaged_weights_lag_behind_the_trained_ones(recipe, pixels):
-    state = trained(replace(recipe, steps=30, ema=0.999), pixels)
-    assert not equal(parameters_of(state.averaged), parameters_of(state.networks))
+@pytest.mark.parametrize(("step", "followed"), [(0, 0.9), (90, 0.09), (10**6, 0.001)])
+def test_averaged_weights_follow_the_trained_ones_first_at_once_then_slowly(recipe, pixels, step, followed):
+    recipe = replace(recipe, ema=0.999)
+    state = TrainingState(recipe, pixels, device=CPU)
+    for networks, value in ((state.averaged, 0.0), (state.networks, 1.0)):
+        for parameter in networks.parameters():
+            torch.nn.init.constant_(parameter, value)
+    state.step = step
+    average_weights(state, recipe)
+    for parameter in state.averaged.parameters():
+        assert torch.allclose(parameter, torch.full_like(parameter, followed))
 
 
 def test_scoring_networks_have_statistics_of_their_own_weights(recipe, pixels):

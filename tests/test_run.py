@@ -239,9 +239,10 @@ def test_weights_of_a_backbone_that_is_not_used_are_refused(data, tmp_path, reci
 
 
 def test_one_training_image_is_refused(tmp_path, recipe):
-    for index in range(5):
-        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
-    with pytest.raises(DataError):
+    for index, folder in enumerate(["train/good", *4 * ["validation/good"]]):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / folder / f"{index}.png")
+    with pytest.raises(DataError, match=r"^1 training images in .*: at least 2 are needed"):
         run(tmp_path, tmp_path / "run", recipe)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -269,6 +270,21 @@ def test_places_are_bounded_in_images():
                 pass
         with batcher.places(4, 10):
             pass
+
+    run(test, max_images=4)
+
+
+def test_who_is_refused_is_told_to_wait_as_long_as_requests_have_taken_lately(monkeypatch):
+    seconds = iter(range(0, 1000, 7))  # each request takes seven
+    monkeypatch.setattr("service.batching.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+
+    async def test(batcher: Batcher, _: Device) -> None:
+        for _ in range(50):
+            with batcher.places(1, 10):
+                pass
+        refusal = batcher.refusal(5, 10)
+        assert refusal is not None
+        assert refusal.headers == {"Retry-After": "7"}
 
     run(test, max_images=4)
 

@@ -252,6 +252,39 @@ def test_routes_that_need_a_key_show_both_ways_in_the_openapi_document(client):
     assert (schemes["APIKeyHeader"]["in"], schemes["APIKeyHeader"]["name"]) == ("header", "X-API-Key")
 
 
+def test_lookout_clients_need_a_key_and_are_told_so_in_their_shape(client, three):
+    path = "/2020-11-20/projects/nut/models/1/detect"
+    refused = client.post(path, content=b"x", headers={"Content-Type": "image/png"})
+    assert (refused.status_code, refused.headers["x-amzn-ErrorType"]) == (403, "AccessDeniedException")
+    assert refused.json()["Code"] == "unauthorized"
+    right = {"Content-Type": "image/png", "X-API-Key": three[0]["a"]}
+    assert client.post(path, content=b"x", headers=right).json()["Code"] == "not_ready"
+
+
+def test_keys_are_read_again_and_a_file_that_is_wrong_changes_nothing(checkpoint, files, caplog):
+    (old, first), (new, second) = new_key("old"), new_key("new")
+    app = create_app(Settings(device="cpu", api_keys=files(first)), checkpoint=checkpoint)
+    with TestClient(app) as client:
+
+        def known() -> list[bool]:
+            return [client.get("/models", headers={"X-API-Key": key}).status_code == 200 for key in (old, new)]
+
+        assert known() == [True, False]
+        files(second)
+        app.state.service.look_again()
+        assert known() == [False, True]
+        files("half a line")
+        app.state.service.look_again()
+        assert known() == [False, True]
+    assert "the keys stay as they were" in caplog.text
+    assert "line 1, is not the line of a key" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/docs"])
+def test_what_shows_no_image_needs_no_key(client, path):
+    assert client.get(path).status_code == 200
+
+
 def test_probes_need_no_key(client):
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").json()["error"]["code"] == "not_ready"
