@@ -60,7 +60,7 @@ def train(
         else:
             chosen = load_recipe(recipe or "default", changes or [])
         if dry:
-            dry_run(data, recipe=chosen, device=choose_device(device), console=Console())
+            dry_run(data, recipe=chosen, device=choose_device(device), console=Console(), progress=_progress_console())
             return
         checkpoint = train_folder(
             data,

@@ -20,10 +20,10 @@ STEPS = 9  # the first warms up; the eight after it hold two with adversaries, w
 SAMPLE = 64  # images that are read for it
 
 
-def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Console) -> None:
+def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Console, progress: Console) -> None:
     """Print the resolved recipe, the splits, the parameter counts and an estimate of time and memory."""
     dataset = read_dataset(data)
-    split = split_images(dataset, recipe)
+    split = split_images(dataset, recipe, progress)
     console.print("[bold]recipe")
     for key, value in asdict(recipe).items():
         console.print(f"  {key} = {json.dumps(value)}", highlight=False)
