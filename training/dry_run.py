@@ -49,7 +49,10 @@ def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Consol
     ends: list[float] = []
     train(state, replace(recipe, steps=STEPS), lambda _: ends.append(time.perf_counter()))
     minutes = (ends[-1] - ends[0]) / (STEPS - 1) * recipe.steps / 60
-    unread = (len(split.training) - len(sample)) * sample[0].numel()
-    memory = (peak_memory_bytes(device) + unread) / 2**30
+    kept = sample[0].nbytes
+    if state.batches.directions is not None:
+        kept += state.batches.directions[0].nbytes
+    unread = len(split.training) - len(sample)
+    memory = (peak_memory_bytes(device) + unread * kept) / 2**30
     console.print("[bold]estimate")
     console.print(f"  {minutes:.1f} minutes for {recipe.steps} steps on {device.type}, {memory:.2f} GiB at the peak")
