@@ -179,11 +179,16 @@ def starts(network: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> di
     return {layer: torch.stack(found).median(dim=0).values for layer, found in offsets.items()}
 
 
+def check_backbone(name: str) -> None:
+    """Raises ConfigError for a network that torchvision does not have, or has for something else."""
+    if name not in list_models(module=models):
+        raise ConfigError(f"features is {name!r}: torchvision has no such network that classifies images.")
+
+
 def _backbone(config: ModelConfig, weights: dict[str, Tensor] | None) -> nn.Module:
     """A network of torchvision up to the last of its layers that are asked for, with its batch norms folded into its
     convolutions: on a CPU that takes half of MobileNetV2's time away."""
-    if config.features not in list_models(module=models):
-        raise ConfigError(f"features is {config.features!r}: torchvision has no such network that classifies images.")
+    check_backbone(config.features)
     network = get_model(config.features, weights=None).eval()
     if config.feature_padding == "tensorflow":
         for module in network.modules():
