@@ -1,5 +1,6 @@
 """The command line. Each verb imports what it needs when it is called: `hazelnut --help` waits for no torch."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def train(
         else:
             chosen = load_recipe(recipe or "default", changes or [])
         if dry:
-            dry_run(data, recipe=chosen, device=choose_device(device), console=Console())
+            dry_run(data, recipe=chosen, device=choose_device(device), console=Console(), progress=_progress_console())
             return
         checkpoint = train_folder(
             data,
@@ -90,7 +91,8 @@ def evaluate(
     from models.scoring import choose_device
     from training.evaluation import evaluate_folder, pictures_folder, print_report, write_report
 
-    out = out or checkpoint.parent / "evaluation.json"
+    # normpath, because "." has itself for a parent.
+    out = out or Path(os.path.normpath(checkpoint / "..")) / "evaluation.json"
     with _errors():
         scorer = load_checkpoint(checkpoint).scorer(choose_device(device))
         report = evaluate_folder(
@@ -238,6 +240,15 @@ def _errors() -> Iterator[None]:
         yield
     except HazelnutError as error:
         typer.echo(f"hazelnut: {error}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        typer.echo(
+            "hazelnut: the GPU has too little memory: train with a smaller batch_size or image_size, or take "
+            "--device cpu.",
+            err=True,
+        )
         raise typer.Exit(1) from None
 
 

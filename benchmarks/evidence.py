@@ -53,7 +53,9 @@ def measure(data: Path, run: Path, pictures: Path) -> dict[str, Any]:
     recipe = recipe_of(run)
     dataset = read_dataset(data)
     size = recipe.image_size
-    good = load_images(split_images(dataset, recipe).training, channels=recipe.channels, size=size)
+    good = load_images(
+        split_images(dataset, recipe, Console(stderr=True)).training, channels=recipe.channels, size=size
+    )
     test = load_images([image.path for image in dataset.test], channels=recipe.channels, size=size)
     masks = []
     for image in dataset.test:

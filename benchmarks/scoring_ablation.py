@@ -105,7 +105,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     checkpoint = load_checkpoint(run / "checkpoint")
     recipe = recipe_of(run)
     dataset = read_dataset(data)
-    split = split_images(dataset, recipe)
+    split = split_images(dataset, recipe, Console(stderr=True))
     held_out = score(checkpoint.networks, split.calibration, recipe)
     as_trained = checkpoint.fusion.weights.tolist()
     half = len(as_trained) // 2

@@ -86,7 +86,7 @@ def main(
 def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     networks = load_checkpoint(run / "checkpoint").networks
     recipe = recipe_of(run)
-    split = split_images(read_dataset(data), recipe)
+    split = split_images(read_dataset(data), recipe, Console(stderr=True))
     held_out = load_images(split.calibration, channels=recipe.channels, size=recipe.image_size)
     _, fusions = good_maps(networks, held_out).fusions(split.parts)
     random = torch.Generator().manual_seed(recipe.seed)

@@ -24,6 +24,7 @@ from models.errors import ConfigError
 
 SPOT = 4  # pixels on each side
 SPOTS = 32  # places that are measured
+FITTED_AT_ONCE = 16  # images
 
 
 class Features(nn.Module):
@@ -98,10 +99,17 @@ class Features(nn.Module):
     @torch.no_grad()
     def fit(self, directions: Tensor) -> None:
         """Learn what is usual from training images' directions, (N, F, S/8, S/8)."""
-        self.mean.copy_(directions.float().mean(dim=(0, 2, 3)).view(-1, 1, 1))
-        deviation = directions.float().sub(self.mean).square().mean().sqrt()
+        total = torch.zeros_like(self.mean, dtype=torch.float64)
+        squares = torch.zeros_like(self.scale, dtype=torch.float64)
+        # Few at a time: all of them would take four times their memory in float32, of which they are half.
+        for few in map(Tensor.double, torch.split(directions, FITTED_AT_ONCE)):
+            total += few.sum(dim=(0, 2, 3)).view(-1, 1, 1)
+            squares += few.square().sum()
+        mean = total * len(self.mean) / directions.numel()
+        self.mean.copy_(mean)
+        variance = squares / directions.numel() - mean.square().mean()
         # Images of one flat colour have no deviation.
-        self.scale.copy_(deviation.clamp(min=1e-3))
+        self.scale.copy_(variance.clamp(min=1e-6).sqrt())
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the weights of torchvision's network; those of layers that are not used are passed over. Or take those
@@ -171,11 +179,16 @@ def starts(network: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> di
     return {layer: torch.stack(found).median(dim=0).values for layer, found in offsets.items()}
 
 
+def check_backbone(name: str) -> None:
+    """Raises ConfigError for a network that torchvision does not have, or has for something else."""
+    if name not in list_models(module=models):
+        raise ConfigError(f"features is {name!r}: torchvision has no such network that classifies images.")
+
+
 def _backbone(config: ModelConfig, weights: dict[str, Tensor] | None) -> nn.Module:
     """A network of torchvision up to the last of its layers that are asked for, with its batch norms folded into its
     convolutions: on a CPU that takes half of MobileNetV2's time away."""
-    if config.features not in list_models(module=models):
-        raise ConfigError(f"features is {config.features!r}: torchvision has no such network that classifies images.")
+    check_backbone(config.features)
     network = get_model(config.features, weights=None).eval()
     if config.feature_padding == "tensorflow":
         for module in network.modules():

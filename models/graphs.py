@@ -85,6 +85,8 @@ class GraphedScorer:
                 torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
                 for part in results
             )
+            for part in results:
+                part.record_stream(self._fetching)  # else the next batch may be given their memory before it is read
             fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
             fetched.record()
 

@@ -54,6 +54,11 @@ class Outputs:
     reconstructions: Tensor
 
 
+def at_once(config: ModelConfig, images: int) -> int:
+    """How many images are scored together: so many of up to 256 pixels, of larger ones as many as have these pixels."""
+    return max(images * 256**2 // max(config.image_size, 256) ** 2, 1)
+
+
 @torch.inference_mode()
 def outputs(networks: ScoringNetworks, pixels: Tensor) -> Outputs:
     """Run networks in eval mode on uint8 (B, C, S, S), on any device, in float32.

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torchvision.models import ResNet18_Weights, get_model
 
-from models.errors import TrainingError
+from models.errors import ConfigError, TrainingError
 from training.backbone import load_backbone
 
 
@@ -75,6 +75,26 @@ def test_without_a_network_a_file_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
     with pytest.raises(TrainingError, match=r"weights of resnet18 cannot be fetched .*give --backbone-weights"):
+        load_backbone("resnet18", None)
+
+
+@pytest.mark.parametrize("name", ["resnet81", "fcn_resnet50"])
+def test_a_network_that_does_not_classify_images_is_refused_before_its_weights_are_fetched(name):
+    with pytest.raises(ConfigError, match=f"features is '{name}': torchvision has no such network"):
+        load_backbone(name, None)
+
+
+@pytest.mark.parametrize("content", ["", "these are no weights", "cut"])
+def test_a_broken_file_that_was_fetched_before_is_named(tmp_path, monkeypatch, weights, content):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    file.parent.mkdir()
+    if content == "cut":
+        torch.save(weights, file)
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        file.write_text(content)
+    with pytest.raises(TrainingError, match=rf"weights of resnet18 are broken .*: remove {file}"):
         load_backbone("resnet18", None)
 
 

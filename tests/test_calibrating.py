@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import training.calibrating
+from models.config import ModelConfig
 from models.maps import OF_PIXELS, MapFusion
-from models.networks import ScoringNetworks
+from models.networks import ScoringNetworks, Standardisation
 from models.scoring import outputs
-from training.calibrating import chosen_weights, weights_of
+from training.calibrating import chosen_weights, fit_distances, good_maps, weights_of
 from training.config import load_recipe
 
 
@@ -42,3 +43,14 @@ def test_a_product_keeps_as_much_of_the_comparison_by_place_as_finds_its_defects
     assert torch.equal(of_maps, OF_PIXELS[0 if lies_alike else 1].of(2))
     assert of_scores[2] == pytest.approx(1.001)  # the map knows all, untrained networks nothing
     assert max(of_scores[:2]) < 0.5
+
+
+def test_large_images_go_through_the_networks_few_at_once(monkeypatch):
+    monkeypatch.setattr(training.calibrating, "SCORING_BATCH", 8)
+    networks = ScoringNetworks(ModelConfig(image_size=512, width=8, latent_dim=4, head_width=8), Standardisation())
+    batches: list[int] = []
+    networks.eval().register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    pixels = torch.zeros(3, 3, 512, 512, dtype=torch.uint8)
+    fit_distances(networks, pixels)
+    good_maps(networks, pixels)
+    assert batches == [2, 1, 2, 1]

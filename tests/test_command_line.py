@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from hazelnut import app
@@ -45,6 +46,27 @@ def test_a_dry_run_tells_all_and_writes_nothing(data, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_counts_the_features_that_are_kept_of_all_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.dry_run.SAMPLE", 2)
+    monkeypatch.setattr("training.dry_run.peak_memory_bytes", lambda _: 0)
+    for index in range(40):
+        (tmp_path / f"{index:02}.png").write_bytes(png(seed=index))
+    changes = [
+        "image_size=128",
+        "features=resnet18",
+        "feature_channels=1024",
+        "width=8",
+        "latent_dim=4",
+        "head_width=0",
+    ]
+    options = [f"--set={change}" for change in [*changes, "batch_size=2", "alpha=0.2"]]
+    result = call("train", tmp_path, "--recipe=features", *options, "--dry-run", "--device=cpu")
+    assert result.exit_code == 0, result.output
+    each = 3 * 128**2 + 2 * 1024 * (128 // 8) ** 2
+    assert f"{30 * each / 2**30:.2f} GiB at the peak" in result.stdout
+    assert "0.00 GiB" not in result.stdout
+
+
 def test_a_wrong_key_is_refused_with_all_that_are_allowed(data):
     result = call("train", data, "--set=learning_rat=1")
     assert result.exit_code == 1
@@ -76,6 +98,36 @@ def test_a_run_goes_to_runs_and_the_name_of_the_data(data, tmp_path, monkeypatch
     result = call("train", data, *TINY)
     assert result.stdout == "checkpoint: runs/nuts/checkpoint\n"
     assert load_checkpoint(tmp_path / "runs/nuts/checkpoint").origin["name"] == "nuts"
+
+
+@pytest.mark.parametrize(("inside", "name"), [("", "."), ("", "../checkpoint"), ("deeper", "..")])
+def test_an_evaluation_is_written_beside_the_checkpoint_however_that_is_named(
+    folder, tmp_path, monkeypatch, inside, name
+):
+    for image in ("good/0", "good/1", "crack/0"):
+        path = tmp_path / f"nuts/test/{image}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png())
+    (folder / inside).mkdir(exist_ok=True)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(folder / inside)
+    result = call("evaluate", name, tmp_path / "nuts")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "evaluation.json").is_file()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_gpu_with_too_little_memory_is_one_sentence(data, tmp_path, monkeypatch):
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.run.train", failing)
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    result = call("train", data, *TINY, f"--out={tmp_path / 'run'}")
+    assert result.exit_code == 1
+    assert "hazelnut: the GPU has too little memory: train with a smaller batch_size" in result.stderr
+    error = RuntimeError("something else")
+    assert call("train", data, *TINY, f"--out={tmp_path / 'other'}").exception is error
 
 
 @pytest.mark.parametrize("image_size", [32, 48, 112])

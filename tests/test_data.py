@@ -15,6 +15,7 @@ from training.data import (
     Dataset,
     TestImage,
     images_below,
+    is_searched,
     load_images,
     load_mask,
     read_dataset,
@@ -166,6 +167,30 @@ def test_stray_files_and_hidden_folders_among_the_defects_are_not_a_defect(tmp_p
 
 def test_there_is_nothing_below_a_folder_that_does_not_exist(tmp_path):
     assert images_below(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "plain", "mvtec"),
+    [
+        ("", True, False),
+        ("runs/nut", True, False),
+        (".runs/nut", False, False),
+        ("train/good/runs", True, True),
+        ("validation/good/runs", True, True),
+        ("test/good/runs", True, False),
+        ("../runs", False, False),
+        ("runs/../../nuts2", False, False),
+    ],
+)
+def test_good_images_are_searched_in_all_of_a_plain_folder_and_where_an_mvtec_one_has_them(
+    tmp_path, monkeypatch, folder, plain, mvtec
+):
+    root = tmp_path / "nuts"
+    write(root / "000.png")
+    monkeypatch.chdir(root)
+    assert is_searched(Path(folder), root) == is_searched(root / folder, Path(".")) == plain
+    write(root / "train/good/000.png")
+    assert is_searched(root / folder, root) == mvtec
 
 
 # Folders that are refused

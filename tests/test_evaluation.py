@@ -21,13 +21,14 @@ from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer, windows
 from tests.conftest import png
-from training import fidelity
+from training import fidelity, metrics
 from training.data import read_dataset
 from training.details import CASES, GAP, OUTLINE, PICTURE_SIDE, case_picture, score_level, write_cases
 from training.evaluation import (
     evaluate_folder,
     generation_quality,
     pictures_folder,
+    pixel_statistics,
     print_report,
     reconstruction_quality,
     without_details,
@@ -94,7 +95,20 @@ def test_evaluation_agrees_with_the_scores_of_the_images(scorer, data):
     assert report["image"]["auroc"]["value"] == roc_auc_score(labels, measured.anomaly_scores)
     holes = (measured.defects == "hole") | ~labels
     assert report["defects"]["hole"]["auroc"]["value"] == roc_auc_score(labels[holes], measured.anomaly_scores[holes])
-    assert [anomaly_map.shape for anomaly_map in measured.maps[:2]] == [(50, 25), (30, 40)]
+
+
+def test_pixel_figures_are_at_each_images_own_resolution_and_maps_are_kept_at_the_models(scorer, data):
+    dataset = read_dataset(data)
+    measured = measure(scorer, dataset, QUIET)
+    assert {anomaly_map.shape for anomaly_map in measured.maps} == {(32, 32)}
+    masks = [mask for mask in measured.masks if mask is not None]
+    assert {mask.shape for mask in masks} == {(50, 25), (30, 40)}
+    results = score_images(scorer, [image.path for image in dataset.test])
+    expected = metrics.pixel_statistics([result.full_map() for result in results], masks)  # type: ignore[union-attr]
+    found = pixel_statistics(measured)
+    assert found is not None
+    for figure in ("values", "above", "at_or_above", "starts", "region_images"):
+        assert np.array_equal(getattr(found, figure), getattr(expected, figure)), figure
 
 
 def test_false_alarms_are_counted_at_alpha_beside_what_alpha_promises(scorer, data):

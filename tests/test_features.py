@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -144,6 +146,33 @@ def test_fitted_features_have_mean_zero_and_mean_square_one():
     found = features(images)
     assert found.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert float(found.square().mean()) == pytest.approx(1, abs=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **kwargs or {})
+        if isinstance(found, Tensor):
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+def test_features_are_fitted_few_images_at_once(monkeypatch):
+    """All directions, in half precision, fill the memory."""
+    monkeypatch.setattr("models.features.FITTED_AT_ONCE", 3)
+    features, directions = Features(config_of()), torch.randn(8, 16, 8, 8).half()
+    with Largest() as largest:
+        features.fit(directions)
+    assert largest.numbers == 3 * 16 * 8 * 8
+    exact = directions.double()
+    mean = exact.mean(dim=(0, 2, 3)).view(-1, 1, 1)
+    assert torch.equal(features.mean, mean.float())
+    assert torch.allclose(features.scale, (exact - mean).square().mean().sqrt().float(), rtol=1e-6)
 
 
 def test_features_of_flat_images_stay_finite():

@@ -13,8 +13,11 @@ from PIL import Image
 
 from models.calibration import SCORE_NAMES, Calibration
 from models.checkpoint import Checkpoint
+from models.config import ModelConfig
 from models.errors import CalibrationError, DataError
 from models.images import decode_image, image_tensor
+from models.maps import MapFusion
+from models.networks import ScoringNetworks, Standardisation
 from models.overlay import BOX_COLOUR
 from models.scoring import Scorer, regions
 from tests.conftest import png
@@ -140,6 +143,19 @@ def test_a_whole_batch_of_bad_files_is_passed_over(tmp_path, scorer):
     paths = [write(tmp_path / f"{index:03}.png", b"not an image") for index in range(BATCH)]
     results = list(score_images(scorer, [*paths, *write_images(tmp_path / "good", 2)]))
     assert [type(result) for result in results] == [FailedImage] * BATCH + [ScoredImage] * 2
+
+
+def test_large_images_are_scored_few_at_once(tmp_path, monkeypatch, checkpoint):
+    """As many as have the pixels of a batch of 256 x 256."""
+    monkeypatch.setattr("training.inference.BATCH", 8)
+    config = ModelConfig(image_size=512, width=8, latent_dim=4)
+    networks = ScoringNetworks(config, Standardisation())
+    fusion = MapFusion(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), torch.zeros(2), torch.ones(2))
+    scorer = replace(checkpoint, networks=networks, fusion=fusion).scorer(torch.device("cpu"))
+    batches: list[int] = []
+    networks.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    assert len(list(score_images(scorer, write_images(tmp_path, 3)))) == 3
+    assert batches == [2, 1]
 
 
 def test_files_are_read_no_further_than_a_batch_ahead(tmp_path, scorer):

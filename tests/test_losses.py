@@ -251,6 +251,17 @@ def test_a_discriminator_gains_by_high_logits_on_real_samples_and_a_generator_on
     assert generator_loss(kind, high) < generator_loss(kind, low)
 
 
+@pytest.mark.parametrize("kind", ["bce", "wgan-gp"])
+def test_a_discriminator_without_real_samples_learns_from_the_fakes_alone(kind):
+    """Of a small batch every patch may be damaged."""
+    real, fake = torch.empty(0), random((6,)).requires_grad_()
+    loss = discriminator_loss(kind, real, fake)
+    assert torch.equal(loss, F.softplus(fake).mean() if kind == "bce" else fake.mean())
+    loss.backward()
+    assert fake.grad is not None
+    assert fake.grad.isfinite().all()
+
+
 # Reconstruction loss
 
 

@@ -241,7 +241,7 @@ ONE_MAP = np.array([[1, 0]], dtype=np.float32)
         ([ONE_MAP], [GOOD_AND_DEFECT & False], "0 of 2 pixels are defects"),
         ([], [], "0 of 0 pixels are defects"),
         ([ONE_MAP], [GOOD_AND_DEFECT.T], r"map 0 is \(1, 2\), its mask \(2, 1\)"),
-        ([ONE_MAP, ONE_MAP], [GOOD_AND_DEFECT], "2 maps and 1 masks"),
+        ([ONE_MAP, ONE_MAP], [GOOD_AND_DEFECT], "argument 2 is shorter"),
         ([ONE_MAP, ONE_MAP * np.float32("nan")], [GOOD_AND_DEFECT] * 2, "map 1 holds a value that is not finite"),
         ([ONE_MAP + np.float32("inf")], [GOOD_AND_DEFECT], "map 0 holds a value that is not finite"),
         ([ONE_MAP], [GOOD_AND_DEFECT * np.uint8(255)], "its mask uint8: not float32 and bool"),

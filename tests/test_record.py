@@ -135,6 +135,18 @@ def test_pictures_are_kept_at_their_steps(tmp_path, recipe, pixels, monkeypatch)
     ]
 
 
+def test_pictures_of_steps_that_are_taken_again_are_forgotten(tmp_path, recipe, pixels, monkeypatch):
+    monkeypatch.setattr("training.pictures.FIRST", 3)
+    trained(tmp_path, recipe, pixels)
+    resumed = TrainingState(recipe, pixels, device=CPU)
+    resumed.step = 6
+    with Record(tmp_path, resumed, recipe, QUIET):
+        assert sorted(path.name for path in (tmp_path / "pictures").glob("step-*")) == [
+            "step-000003.png",
+            "step-000006.png",
+        ]
+
+
 @pytest.mark.parametrize("stop", [12, 22])
 def test_a_run_that_was_stopped_writes_what_one_that_was_not_does(tmp_path, recipe, pixels, stop):
     """Its state is older than what it wrote last, and it was torn off in the middle of a line."""

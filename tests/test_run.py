@@ -87,12 +87,12 @@ def test_a_run_leaves_its_checkpoint_its_log_and_its_state(data, tmp_path, recip
 
 
 def test_training_says_what_the_product_chose(data, tmp_path, recipe):
-    said = Console(file=io.StringIO(), width=200)
-    checkpoint = load_checkpoint(run(data, tmp_path / "run", recipe, console=said))
+    output = io.StringIO()
+    checkpoint = load_checkpoint(run(data, tmp_path / "run", recipe, console=Console(file=output, width=200)))
     weights = checkpoint.fusion.weights
     by_place = weights[len(weights) // 2 :].sum() / weights.sum()
     of_map = checkpoint.calibration.weights[2] / sum(checkpoint.calibration.weights)
-    text = said.file.getvalue()
+    text = output.getvalue()
     assert f"{by_place:.0%} of the map compares by place" in text
     assert f"anomaly_map {of_map:.0%}" in text
 
@@ -175,6 +175,22 @@ def test_resuming_with_another_recipe_is_refused_by_key(data, tmp_path, recipe):
     run(data, tmp_path / "run", recipe)
     with pytest.raises(TrainingError, match=r"another recipe \(steps differ\)"):
         run(data, tmp_path / "run", load_recipe("tiny", [*TINY, "steps=13"]), resume=True)
+
+
+def test_a_run_that_cannot_go_on_is_refused_before_any_image_is_read(data, tmp_path, recipe):
+    run(data, tmp_path / "run", recipe)
+    for path in data.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(TrainingError, match="holds a run already"):
+        run(data, tmp_path / "run", recipe)
+    with pytest.raises(TrainingError, match=r"another recipe \(seed differ\)"):
+        run(data, tmp_path / "run", load_recipe("tiny", [*TINY, "seed=1"]), resume=True)
+
+
+def test_a_run_among_the_good_images_is_refused_and_nothing_is_written(data, recipe):
+    with pytest.raises(TrainingError, match=r"runs/nuts lies in .*nuts, .*: --out names a folder outside"):
+        run(data, data / "runs/nuts", recipe)
+    assert len(list(data.iterdir())) == 16
 
 
 def test_resuming_on_other_images_is_refused(data, tmp_path, recipe):

@@ -1,6 +1,7 @@
 """Which good images are held out: what alpha needs, whole parts, the same whatever the files are called."""
 
 import hashlib
+import io
 import tempfile
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from models.calibration import images_needed
 from models.errors import DataError
 from tests.conftest import png
 from training.data import Dataset, read_dataset
-from training.split import ALIKE, THUMBNAIL, Split, correlations, part_numbers, split_good_images
+from training.split import ALIKE, THUMBNAIL, Split, correlations, fine_spectra, part_numbers, split_good_images
+
+QUIET = Console(quiet=True)
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -38,7 +43,7 @@ def numbered(count: int, *, start: int = 0) -> list[bytes]:
 
 
 def split(dataset: Dataset, *, fraction: float = 0.2, alpha: float = 0.2, seed: int = 0) -> Split:
-    return split_good_images(dataset, fraction=fraction, alpha=alpha, seed=seed)
+    return split_good_images(dataset, fraction=fraction, alpha=alpha, seed=seed, console=QUIET)
 
 
 def contents(paths: list[Path]) -> list[bytes]:
@@ -196,7 +201,7 @@ def test_no_content_is_on_both_sides_of_a_split_and_none_is_lost(images, validat
         different = len(set(images) - set(validation))
         needed = images_needed(alpha) - len(set(validation))
         try:
-            parts = split_good_images(dataset, fraction=fraction, alpha=alpha, seed=seed)
+            parts = split(dataset, fraction=fraction, alpha=alpha, seed=seed)
         except DataError:
             assert needed > different / 2
             return
@@ -249,10 +254,54 @@ def test_pictures_of_one_part_are_found_whatever_the_exposure_the_light_and_the_
 
 
 def test_the_correlation_of_a_picture_with_itself_is_one_and_with_another_part_far_below():
-    found = correlations(torch.stack([picture(number) for number in range(6)]))
-    assert torch.equal(found, found.T)
-    assert torch.equal(found.diagonal(), torch.ones(6))
+    spectra = fine_spectra(torch.stack([picture(number) for number in range(6)]))
+    found = torch.stack([correlations(spectrum, spectra) for spectrum in spectra])
+    assert torch.allclose(found, found.T, atol=1e-6)
+    assert torch.allclose(found.diagonal(), torch.ones(6), atol=1e-6)
     assert found[~torch.eye(6, dtype=torch.bool)].max() < 0.6 * ALIKE
+
+
+def test_parts_are_those_of_all_pairs_compared():
+    """Each picture shows its part more or less, and something else: many correlate by nearly as much as parts do."""
+    shares = torch.linspace(0.5, 0.7, 8).tolist()
+    shown = [(part, share) for part in range(6) for share in shares]
+    others = [picture(100 + index).float() for index in range(len(shown))]
+    pictures = torch.stack(
+        [
+            (share * picture(part) + (1 - share) * other).byte()
+            for (part, share), other in zip(shown, others, strict=True)
+        ]
+    )
+    spectra = fine_spectra(pictures)
+    found = torch.stack([correlations(spectrum, spectra) for spectrum in spectra])
+    assert ((found - ALIKE).abs() < 0.1).sum() > 50
+    count, expected = connected_components((found >= ALIKE).numpy(), directed=False)
+    assert 6 < count < len(pictures)
+    assert part_numbers(pictures, most=len(pictures)) == expected.tolist()
+
+
+def test_most_pairs_are_ruled_out_by_few_columns_of_their_spectra(monkeypatch):
+    compared = []
+
+    def counting(spectrum: Tensor, spectra: Tensor, *, columns: int = 1) -> Tensor:
+        if columns == 1:
+            compared.append(len(spectra))
+        return correlations(spectrum, spectra, columns=columns)
+
+    monkeypatch.setattr("training.split.correlations", counting)
+    part_numbers(torch.stack([picture(number) for number in range(20)]), most=20)
+    assert sum(compared) < 0.2 * 20 * 19 / 2
+
+
+def test_what_a_split_is_busy_with_is_shown(tmp_path):
+    output = io.StringIO()
+    console = Console(file=output, width=100)
+    split_good_images(folder_of(tmp_path, numbered(20)), fraction=0.2, alpha=0.2, seed=0, console=console)
+    reading, comparing = output.getvalue().splitlines()
+    assert reading.startswith("reading thumbnails")
+    assert comparing.startswith("comparing parts")
+    assert "20/20" in reading
+    assert "20/20" in comparing
 
 
 def test_what_all_pictures_share_makes_no_two_of_them_alike():
@@ -287,3 +336,38 @@ def test_all_pictures_of_a_part_are_on_one_side(tmp_path):
         assert len(parts.calibration) == 3 * len(held_out) == 12
         same = {(path.name[:2], number) for path, number in zip(parts.calibration, parts.parts, strict=True)}
         assert len(same) == len({number for _, number in same}) == 4
+
+
+def write_pictures(folder: Path, numbers: range, gains: tuple[float, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        for exposure, gain in enumerate(gains):
+            Image.fromarray(picture(number, gain=gain)[0].numpy()).save(folder / f"{number:02}-{gain}-{exposure}.png")
+
+
+def test_no_picture_of_a_part_that_validation_shows_is_trained_on(tmp_path):
+    write_pictures(tmp_path / "train/good", range(20), (0.6, 0.8))
+    write_pictures(tmp_path / "validation/good", range(5), (1.0,))
+    dataset = read_dataset(tmp_path)
+    for seed in range(5):
+        parts = split(dataset, fraction=0.3, seed=seed)
+        assert {path.name[:2] for path in parts.training}.isdisjoint(path.name[:2] for path in dataset.validation)
+        assert len(parts.training) == 28  # they count towards what is held out: 12 of 40
+        numbers = {path.name[:2]: number for path, number in zip(parts.calibration, parts.parts, strict=True)}
+        assert [numbers[path.name[:2]] for path in parts.calibration] == parts.parts
+
+
+def test_validation_images_say_how_many_pictures_a_part_may_have(tmp_path):
+    """None of the others need be held out here: half of none would take alike pictures for the product."""
+    write_pictures(tmp_path / "train/good", range(20), (0.8,))
+    write_pictures(tmp_path / "validation/good", range(30, 35), (0.8, 1.0))
+    parts = split(read_dataset(tmp_path), fraction=0.01)
+    assert len(parts.calibration) == 10
+    assert len(set(parts.parts)) == 5
+
+
+def test_validation_that_shows_most_of_the_parts_is_refused(tmp_path):
+    write_pictures(tmp_path / "train/good", range(20), (0.6, 0.8))
+    write_pictures(tmp_path / "validation/good", range(11), (1.0,))
+    with pytest.raises(DataError, match=r"22 of 40 different images in .*train/good show parts that validation/good"):
+        split(read_dataset(tmp_path))

@@ -4,7 +4,6 @@ import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import safetensors
 import safetensors.torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 from models.errors import TrainingError
+from models.features import check_backbone
 
 # What reading bytes that are no weights raises: an old file is a stream of instructions, of which any may fail.
 BROKEN = (
@@ -43,22 +43,29 @@ class Backbone:
 
 
 def load_backbone(name: str, file: Path | None) -> Backbone:
-    """Read the weights of one of torchvision's networks. Raises TrainingError naming what is wrong.
+    """Read the weights of one of torchvision's networks. Raises TrainingError naming what is wrong, ConfigError for a
+    network that torchvision does not have.
 
     file: a state dict as .safetensors, or as torch.save wrote it; None takes what torchvision calls the best.
     """
+    check_backbone(name)
     if file is not None:
         content = _content(file)
         return Backbone(_read(file, content), file.name, hashlib.sha256(content).hexdigest())
     weights = get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError) as error:
+    except OSError as error:
         raise TrainingError(
             f"torchvision's weights of {name} cannot be fetched ({error}): without a network give --backbone-weights "
             f"a file of them."
         ) from error
-    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    except BROKEN as error:
+        raise TrainingError(
+            f"torchvision's weights of {name} are broken ({error}): remove {file} if it is there, or give "
+            f"--backbone-weights a file of them."
+        ) from error
     return Backbone(dict(state), str(weights), hashlib.sha256(_content(file)).hexdigest())
 
 

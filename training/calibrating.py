@@ -10,7 +10,7 @@ from models.calibration import Calibration
 from models.density import FeatureDistance, GoodFeatures
 from models.maps import GoodMaps, MapFusion, fusion_weights
 from models.networks import ScoringNetworks, SegmentationHead, cells_of, places_of
-from models.scoring import map_score, outputs, peaks, table, windows
+from models.scoring import at_once, map_score, outputs, peaks, table, windows
 from training import unseen
 from training.config import Recipe
 
@@ -24,7 +24,7 @@ def fit_distances(networks: ScoringNetworks, pixels: Tensor) -> None:
     """Learn what the head's features are like on good images, uint8 (N, C, S, S): those it was trained on."""
     known = [GoodFeatures(cast(FeatureDistance, distance)) for distance in networks.distances]
     config = networks.config
-    for chunk in torch.split(pixels, SCORING_BATCH) if known else ():
+    for chunk in torch.split(pixels, at_once(config, SCORING_BATCH)) if known else ():
         images = networks.standardisation(chunk.to(next(networks.parameters()).device))
         places = places_of(config.image_size, images.device).unsqueeze(0)
         for window in windows(config.image_size, config.side):
@@ -69,7 +69,7 @@ def calibrate(
 def good_maps(networks: ScoringNetworks, held_out: Tensor) -> GoodMaps:
     """What the fusion is made from, of good images uint8 (N, C, S, S)."""
     good = GoodMaps(fusion_weights(networks.config)[0], networks.config.cell)
-    for chunk in torch.split(held_out, SCORING_BATCH):
+    for chunk in torch.split(held_out, at_once(networks.config, SCORING_BATCH)):
         good.add(outputs(networks, chunk).maps)
     return good
 
@@ -93,10 +93,10 @@ def chosen_weights(
         views = fusion.views(found.maps.cpu())
         for candidate, own, of_own in zip(candidates, maps, of_maps, strict=True):
             joined = fusion.joined(views, candidate)  # (1 + kinds, S, S)
-            own.append(joined[:, ::stride, ::stride])
+            own.append(joined[:, ::stride, ::stride].clone())  # or all of it stays in memory
             of_own.append(map_score(joined, networks.config))
         scores.append(torch.stack([found.reconstruction, found.latent]).cpu())  # (2, 1 + kinds)
-        masks.append(changed[:, ::stride, ::stride])
+        masks.append(changed[:, ::stride, ::stride].clone())
     worth = []
     for own, of_own in zip(maps, of_maps, strict=True):
         found_kinds = unseen.figures(torch.stack(of_own), torch.stack(own), torch.stack(masks)).values()

@@ -44,7 +44,7 @@ def read_dataset(root: Path) -> Dataset:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder.")
-    if (root / "train").is_dir() or (root / "test").is_dir():
+    if _is_mvtec(root):
         dataset = Dataset(
             root=root,
             good=images_below(root / "train" / GOOD),
@@ -71,10 +71,25 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in EXTENSIONS and path.is_file() and not _is_hidden(path, folder)
     )
+
+
+def is_searched(folder: Path, root: Path) -> bool:
+    """Whether images below `folder` would be taken for good ones of the data in `root`."""
+    searched = [root / "train" / GOOD, root / "validation" / GOOD] if _is_mvtec(root) else [root]
+    folder = folder.resolve()
+    return any(
+        folder.is_relative_to(good) and not _is_hidden(folder, good) for good in (path.resolve() for path in searched)
+    )
+
+
+def _is_mvtec(root: Path) -> bool:
+    return (root / "train").is_dir() or (root / "test").is_dir()
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _test_images(root: Path) -> list[TestImage]:

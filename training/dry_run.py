@@ -20,10 +20,10 @@ STEPS = 9  # the first warms up; the eight after it hold two with adversaries, w
 SAMPLE = 64  # images that are read for it
 
 
-def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Console) -> None:
+def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Console, progress: Console) -> None:
     """Print the resolved recipe, the splits, the parameter counts and an estimate of time and memory."""
     dataset = read_dataset(data)
-    split = split_images(dataset, recipe)
+    split = split_images(dataset, recipe, progress)
     console.print("[bold]recipe")
     for key, value in asdict(recipe).items():
         console.print(f"  {key} = {json.dumps(value)}", highlight=False)
@@ -49,7 +49,10 @@ def dry_run(data: Path, *, recipe: Recipe, device: torch.device, console: Consol
     ends: list[float] = []
     train(state, replace(recipe, steps=STEPS), lambda _: ends.append(time.perf_counter()))
     minutes = (ends[-1] - ends[0]) / (STEPS - 1) * recipe.steps / 60
-    unread = (len(split.training) - len(sample)) * sample[0].numel()
-    memory = (peak_memory_bytes(device) + unread) / 2**30
+    kept = sample[0].nbytes
+    if state.batches.directions is not None:
+        kept += state.batches.directions[0].nbytes
+    unread = len(split.training) - len(sample)
+    memory = (peak_memory_bytes(device) + unread * kept) / 2**30
     console.print("[bold]estimate")
     console.print(f"  {minutes:.1f} minutes for {recipe.steps} steps on {device.type}, {memory:.2f} GiB at the peak")

@@ -21,7 +21,7 @@ from models.scoring import Scorer, windows
 from training import fidelity, metrics
 from training.data import GOOD, read_dataset
 from training.details import details
-from training.measuring import Measured, measure
+from training.measuring import FullMaps, Measured, measure
 from training.progress import peak_memory_bytes
 
 ImageMetric = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
@@ -111,7 +111,7 @@ def pixel_statistics(measured: Measured) -> metrics.PixelStatistics | None:
     masks = [mask for mask in measured.masks if mask is not None]
     if not any(mask.any() for mask in masks) or all(mask.all() for mask in masks):
         return None
-    return metrics.pixel_statistics([measured.maps[index] for index in known], masks)
+    return metrics.pixel_statistics(FullMaps([measured.maps[index] for index in known], masks), masks)
 
 
 def pixel_level(statistics: metrics.PixelStatistics | None) -> dict[str, Any] | None:

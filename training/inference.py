@@ -16,7 +16,7 @@ from models.calibration import SCORE_NAMES
 from models.errors import DataError, ImageError
 from models.images import decode_image, image_tensor
 from models.overlay import overlay
-from models.scoring import MapArray, Scorer, regions, resize_map
+from models.scoring import MapArray, Scorer, at_once, regions, resize_map
 from training.data import images_below
 
 BATCH = 16
@@ -59,6 +59,7 @@ def find_images(paths: list[Path]) -> list[Path]:
 def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | FailedImage]:
     """Score files batch by batch, in their order. A file that cannot be read is a FailedImage."""
     config = scorer.config
+    size = at_once(config, BATCH)
 
     def read(path: Path) -> tuple[Image.Image, Tensor] | FailedImage:
         try:
@@ -70,8 +71,8 @@ def score_images(scorer: Scorer, paths: list[Path]) -> Iterator[ScoredImage | Fa
         return image, image_tensor(image, channels=config.channels, size=config.image_size)
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), BATCH):
-            batch = paths[start : start + BATCH]
+        for start in range(0, len(paths), size):
+            batch = paths[start : start + size]
             read_images = list(pool.map(read, batch))
             pixels = [item[1] for item in read_images if not isinstance(item, FailedImage)]
             if pixels:

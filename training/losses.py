@@ -44,8 +44,13 @@ def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Ten
     without the penalty.
     """
     if kind == "bce":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-    return fake.mean() - real.mean()
+        return _mean(F.softplus(-real)) + _mean(F.softplus(fake))
+    return _mean(fake) - _mean(real)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 of none: of a small batch every patch may be damaged, and none is real."""
+    return values.mean() if values.numel() else values.sum()
 
 
 def generator_loss(kind: AdversarialLoss, fake: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The test images of a folder, scored once: what every figure and every picture of an evaluation is made from."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from models.calibration import SCORE_NAMES
-from models.scoring import MapArray, Scorer
+from models.scoring import MapArray, Scorer, resize_map
 from training.data import GOOD, Dataset, TestImage, load_mask, unreadable
 from training.inference import FailedImage, ScoredImage, score_images
 from training.progress import progress_bar
@@ -17,14 +18,15 @@ from training.progress import progress_bar
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Of N test images, in the folder's order. Maps and masks are (H, W), at each image's own resolution."""
+    """Of N test images, in the folder's order."""
 
     defects: NDArray[np.str_]  # (N,) "good" or the kind of the defect
     scores: NDArray[np.float64]  # (N, 3) in the order of SCORE_NAMES
     anomaly_scores: NDArray[np.float64]  # (N,)
     p_values: NDArray[np.float64]  # (N,)
-    maps: list[MapArray]
-    masks: list[NDArray[np.bool_] | None]  # None: a defect whose mask the folder does not have
+    maps: list[MapArray]  # (S, S) each
+    # (H, W), at each image's own resolution; None: a defect whose mask the folder does not have
+    masks: list[NDArray[np.bool_] | None]
     # (C, S, S) in [-1, 1], what the model saw; none of a model over features, which makes no pictures
     good_images: list[Tensor]
     good_reconstructions: list[Tensor]  # (C, S, S) in [-1, 1]
@@ -33,6 +35,18 @@ class Measured:
     @property
     def anomalous(self) -> NDArray[np.bool_]:
         return np.asarray(self.defects != GOOD)
+
+
+class FullMaps:
+    """Maps (S, S), each at the resolution of its image's mask while it is looked at: all of them together, of two
+    hundred photographs, would take ten gigabytes."""
+
+    def __init__(self, maps: list[MapArray], masks: list[NDArray[np.bool_]]) -> None:
+        self._maps, self._masks = maps, masks
+
+    def __iter__(self) -> Iterator[MapArray]:
+        for anomaly_map, mask in zip(self._maps, self._masks, strict=True):
+            yield resize_map(anomaly_map, width=mask.shape[1], height=mask.shape[0])
 
 
 def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
@@ -54,7 +68,7 @@ def measure(scorer: Scorer, dataset: Dataset, console: Console) -> Measured:
             rows.append([result.scores[name] for name in SCORE_NAMES])
             anomaly_scores.append(result.anomaly_score)
             p_values.append(result.p_value)
-            maps.append(result.full_map())
+            maps.append(result.anomaly_map)
             masks.append(_mask(test_image, result))
             if test_image.defect == GOOD and result.reconstruction is not None:
                 good_images.append(result.pixels.float() / 127.5 - 1)

@@ -9,7 +9,7 @@ No torch here: with what torchmetrics brings along it takes more memory than all
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,12 +114,12 @@ class PixelStatistics:
     region_images: NDArray[np.int64]
 
 
-def pixel_statistics(maps: list[MapArray], masks: list[BoolArray]) -> PixelStatistics:
+def pixel_statistics(maps: Iterable[MapArray], masks: list[BoolArray]) -> PixelStatistics:
     """Rank the defect pixels of N maps (H, W), of any sizes, among the good pixels of all of them.
 
-    Regions are the masks' 8-connected components. Besides the maps it needs some 70 bytes for each defect pixel, and
-    32 MiB. Raises ValueError for maps and masks that do not fit, values that are not finite, and where there
-    is no good or no defect pixel.
+    Regions are the masks' 8-connected components. Maps are gone through three times, one by one; besides them it needs
+    some 70 bytes for each defect pixel, and 32 MiB. Raises ValueError for maps and masks that do not fit, values that
+    are not finite, and where there is no good or no defect pixel.
     """
     _check_maps(maps, masks)
     values, region_images = [], []
@@ -146,9 +146,7 @@ def pixel_statistics(maps: list[MapArray], masks: list[BoolArray]) -> PixelStati
     )
 
 
-def _check_maps(maps: list[MapArray], masks: list[BoolArray]) -> None:
-    if len(maps) != len(masks):
-        raise ValueError(f"{len(maps)} maps and {len(masks)} masks: each map needs its own.")
+def _check_maps(maps: Iterable[MapArray], masks: list[BoolArray]) -> None:
     for index, (anomaly_map, mask) in enumerate(zip(maps, masks, strict=True)):
         if anomaly_map.shape != mask.shape:
             raise ValueError(f"map {index} is {anomaly_map.shape}, its mask {mask.shape}.")
@@ -161,7 +159,7 @@ def _check_maps(maps: list[MapArray], masks: list[BoolArray]) -> None:
         raise ValueError(f"{defect} of {pixels} pixels are defects: at least one good and one defect are needed.")
 
 
-def _good_pixels(maps: list[MapArray], masks: list[BoolArray]) -> Iterator[MapArray]:
+def _good_pixels(maps: Iterable[MapArray], masks: list[BoolArray]) -> Iterator[MapArray]:
     """The good pixels of all maps, up to PIXELS_AT_ONCE at a time, in one buffer that the caller may sort.
 
     Counts add up, so that they need not all be in memory at once.

@@ -23,7 +23,7 @@ from models.maps import MapFusion
 from training.backbone import Backbone, load_backbone
 from training.calibrating import calibrate, fit_distances
 from training.config import Recipe, recipe_from_dict
-from training.data import Dataset, load_images, read_dataset
+from training.data import Dataset, is_searched, load_images, read_dataset
 from training.loop import scoring_networks, train
 from training.progress import progress_bar
 from training.record import Record
@@ -58,13 +58,23 @@ def train_folder(
     """Train on a folder of images, from the start or from where the run in `out` stands.
 
     backbone_weights: see training.backbone. Returns the checkpoint's folder. Raises TrainingError if `out` holds
-    another run, or one and not `resume`; DataError for images that do not do.
+    another run, or one and not `resume`, or lies where good images are looked for; DataError for images that do not do.
     """
     if backbone_weights and not recipe.over_features:
         raise TrainingError(f"--backbone-weights is {backbone_weights}: the recipe has features none, no backbone.")
-    split = split_images(read_dataset(data), recipe)
+    # What needs no image read is refused first.
     before = read_run(out)
-    saved = _read_state(out / "state.pt") if before and resume else None
+    if before and not resume:
+        raise TrainingError(f"{out} holds a run already: --resume goes on with it, --out names another folder.")
+    if before:
+        _check_recipe(before, recipe, out)
+    dataset = read_dataset(data)
+    if is_searched(out, data):
+        raise TrainingError(
+            f"{out} lies in {data}, where its pictures would be taken for good images: --out names a folder outside."
+        )
+    split = split_images(dataset, recipe, console)
+    saved = _read_state(out / "state.pt") if before else None
     backbone = None
     if recipe.over_features:
         if before and saved and not backbone_weights:
@@ -78,8 +88,6 @@ def train_folder(
         command=command,
         backbone=backbone.record if backbone else None,
     )
-    if before and not resume:
-        raise TrainingError(f"{out} holds a run already: --resume goes on with it, --out names another folder.")
     if before:
         run = _continued(before, run, out)
     elif resume:
@@ -139,8 +147,10 @@ def _chosen(fusion: MapFusion, calibration: Calibration) -> str:
     )
 
 
-def split_images(dataset: Dataset, recipe: Recipe) -> Split:
-    split = split_good_images(dataset, fraction=recipe.calibration_fraction, alpha=recipe.alpha, seed=recipe.seed)
+def split_images(dataset: Dataset, recipe: Recipe, console: Console) -> Split:
+    split = split_good_images(
+        dataset, fraction=recipe.calibration_fraction, alpha=recipe.alpha, seed=recipe.seed, console=console
+    )
     if len(split.training) < 2:
         raise DataError(f"{len(split.training)} training images in {dataset.root}: at least 2 are needed.")
     return split
@@ -168,10 +178,13 @@ def read_run(out: Path) -> Run | None:
         raise TrainingError(f"{path} does not describe a run: {error}.") from error
 
 
-def _continued(before: Run, run: Run, out: Path) -> Run:
-    changed = [key for key, value in run.recipe.items() if before.recipe.get(key) != value]
+def _check_recipe(before: Run, recipe: Recipe, out: Path) -> None:
+    changed = [key for key, value in asdict(recipe).items() if before.recipe.get(key) != value]
     if changed:
         raise TrainingError(f"the run in {out} has another recipe ({', '.join(changed)} differ): start a new run.")
+
+
+def _continued(before: Run, run: Run, out: Path) -> Run:
     if before.training_images_sha256 != run.training_images_sha256:
         raise TrainingError(f"the run in {out} was trained on other images: start a new run.")
     if (before.backbone or {}).get("sha256") != (run.backbone or {}).get("sha256"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.config import CELL
 from models.features import SPOTS
 from models.networks import ImageDiscriminator, LatentDiscriminator, ScoringNetworks, Standardisation, places_of
 from training.config import Recipe
@@ -145,8 +146,11 @@ class TrainingState:
 def directions_of(networks: ScoringNetworks, pixels: Tensor) -> Tensor:
     """What the backbone says of images, uint8 (N, C, S, S), before it is standardised: float16 (N, F, S/8, S/8)."""
     assert networks.features is not None
-    chunks = torch.split(pixels, FEATURE_BATCH)
-    return torch.cat([networks.features.directions(chunk.float() / 255).half() for chunk in chunks])
+    shape = len(pixels), *networks.features.mean.shape[:1], *2 * [pixels.shape[-1] // CELL]
+    found = torch.empty(shape, dtype=torch.float16, device=pixels.device)
+    for kept, few in zip(torch.split(found, FEATURE_BATCH), torch.split(pixels, FEATURE_BATCH), strict=True):
+        kept.copy_(networks.features.directions(few.float() / 255))
+    return found
 
 
 def standardisation_of(pixels: Tensor) -> Standardisation:
