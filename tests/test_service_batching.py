@@ -279,7 +279,7 @@ def test_who_is_refused_is_told_to_wait_as_long_as_requests_have_taken_lately(mo
     monkeypatch.setattr("service.batching.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
 
     async def test(batcher: Batcher, _: Device) -> None:
-        for _ in range(50):
+        for _request in range(50):
             with batcher.places(1, 10):
                 pass
         refusal = batcher.refusal(5, 10)

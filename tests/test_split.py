@@ -280,19 +280,6 @@ def test_parts_are_those_of_all_pairs_compared():
     assert part_numbers(pictures, most=len(pictures)) == expected.tolist()
 
 
-def test_most_pairs_are_ruled_out_by_few_columns_of_their_spectra(monkeypatch):
-    compared = []
-
-    def counting(spectrum: Tensor, spectra: Tensor, *, columns: int = 1) -> Tensor:
-        if columns == 1:
-            compared.append(len(spectra))
-        return correlations(spectrum, spectra, columns=columns)
-
-    monkeypatch.setattr("training.split.correlations", counting)
-    part_numbers(torch.stack([picture(number) for number in range(20)]), most=20)
-    assert sum(compared) < 0.2 * 20 * 19 / 2
-
-
 def test_what_a_split_is_busy_with_is_shown(tmp_path):
     output = io.StringIO()
     console = Console(file=output, width=100)

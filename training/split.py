@@ -27,9 +27,6 @@ THUMBNAIL, COARSE = 48, 2.0
 # reach 0.8 with another one of their own tile; of two tiles one pair in a hundred reaches 0.4.
 ALIKE = 0.7
 AT_ONCE = 64  # pictures that one is compared with: more would not stay in a processor's cache
-# One column of a spectrum in so many tells most pictures apart. A divisor of THUMBNAIL / 2: of what is left out each
-# column has a mirror image.
-FEW = 3
 
 
 @dataclass(frozen=True)
@@ -114,17 +111,9 @@ def part_numbers(thumbnails: Tensor, *, most: int, advance: Callable[[], None] =
     then every image is taken for a part of its own.
     """
     spectra = fine_spectra(thumbnails)
-    # No two pictures correlate more than by a few columns of their spectra, and what the rest would add if it were all
-    # in phase. A column of the rest stands for two of the whole spectrum.
-    magnitudes = math.sqrt(2) / THUMBNAIL * spectra.abs()
-    magnitudes[..., ::FEW] = 0
-    magnitudes = magnitudes.flatten(1)
     numbers = torch.arange(len(spectra))
     for index, spectrum in enumerate(spectra[:-1]):
-        others = spectra[index + 1 :]
-        most_alike = correlations(spectrum, others, columns=FEW) + magnitudes[index + 1 :] @ magnitudes[index]
-        near = (most_alike > ALIKE - 1e-3).nonzero().flatten()  # rounding aside
-        alike = near[correlations(spectrum, others[near]) >= ALIKE]
+        alike = correlations(spectrum, spectra[index + 1 :]) >= ALIKE
         joined = torch.cat([numbers[index : index + 1], numbers[index + 1 :][alike]])
         numbers[torch.isin(numbers, joined)] = joined.min()
         if numbers.bincount().max() > max(most, 1):
@@ -147,15 +136,11 @@ def fine_spectra(thumbnails: Tensor) -> Tensor:
     return spectra
 
 
-def correlations(spectrum: Tensor, spectra: Tensor, *, columns: int = 1) -> Tensor:
-    """The highest correlation of an image with each of M others over all shifts against each other, (M,).
-
-    columns: of so many columns of the spectra only the first counts.
-    """
-    size = THUMBNAIL, THUMBNAIL // columns
-    chosen = spectrum[:, ::columns].conj()
-    shifted = (torch.fft.irfft2(chosen * few[..., ::columns], s=size) for few in torch.split(spectra, AT_ONCE))
-    return torch.cat([shifts.flatten(1).amax(dim=1) for shifts in shifted]) / columns
+def correlations(spectrum: Tensor, spectra: Tensor) -> Tensor:
+    """The highest correlation of an image with each of M others over all shifts against each other, (M,)."""
+    size = THUMBNAIL, THUMBNAIL
+    shifted = (torch.fft.irfft2(spectrum.conj() * few, s=size) for few in torch.split(spectra, AT_ONCE))
+    return torch.cat([shifts.flatten(1).amax(dim=1) for shifts in shifted])
 
 
 def _digest(path: Path) -> bytes:
