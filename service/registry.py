@@ -169,7 +169,8 @@ class Registry:
         return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
     def look_now(self, *, forget: bool) -> None:
-        """Have `watch` look at once. forget: versions that are gone from disk are served no more."""
+        """Have `watch` look at once. forget: versions that are gone from disk are served no more, and those that were
+        refused are tried again."""
         self._forget |= forget
         self._look_now.set()
 
@@ -218,6 +219,8 @@ class Registry:
         answered = set(self._answering)
         if forget:
             self._drop_all_but({each.folder for each in found})
+            for version in self._versions.values():
+                version.problem = None  # what was wrong with it may have been put right
         self._look_at(found)
         for name in answered - set(self._answering):
             self._telemetry.model_gone(name)
@@ -265,21 +268,25 @@ class Registry:
         except CheckpointError as error:
             version.problem = str(error)
             raise
-        except torch.OutOfMemoryError as error:
-            raise CheckpointError(f"{version.found.folder} does not fit into the device's memory.") from error
-        except DeviceError as error:
-            logger.exception("a model cannot be brought to the device")
-            message = f"{version.found.folder} cannot be brought to the device; the log has the traceback."
-            raise CheckpointError(message) from error
 
     def _made_ready(self, version: Version, checkpoint: Checkpoint) -> ServedModel:
         version.name = version.found.product or checkpoint_name(checkpoint)
-        scorer = self._load(checkpoint)
+        scorer = self._on_device(version.found.folder, checkpoint)
         calibration = checkpoint.calibration
         drift = version.known.drift if version.known else Drift(calibration.n)
         version.known = About(version.name, checkpoint.weights_sha256, calibration, drift)
         version.model = ServedModel(version.name, version.found.version, checkpoint, scorer, drift)
+        version.problem = None
         return version.model
+
+    def _on_device(self, folder: Path, checkpoint: Checkpoint) -> Scoring:
+        try:
+            return self._load(checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(f"{folder} does not fit into the device's memory.") from error
+        except DeviceError as error:
+            logger.exception("a model cannot be brought to the device")
+            raise CheckpointError(f"{folder} cannot be brought to the device; the log has the traceback.") from error
 
     def _take_over(self, version: Version) -> None:
         number, drift = version.found.version, version.about.drift

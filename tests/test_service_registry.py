@@ -49,7 +49,13 @@ def root(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return root
 
 
-def run(root: Path, test: Callable[[Registry, Telemetry], Coroutine[Any, Any, None]], **settings: Any) -> None:
+def run(
+    root: Path,
+    test: Callable[[Registry, Telemetry], Coroutine[Any, Any, None]],
+    *,
+    load: Callable[[Checkpoint], Scoring] = load,
+    **settings: Any,
+) -> None:
     async def whole() -> None:
         telemetry = Telemetry()
         registry = Registry(Settings(checkpoint=root, **settings), telemetry, load=load)
@@ -201,6 +207,46 @@ def test_a_broken_version_is_refused_while_the_old_one_serves(root, checkpoint, 
         assert registry.problem("nut") is None
 
     run(root, test)
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("of 2 GiB"), DeviceError("Traceback: it died")])
+def test_a_version_over_which_the_device_fails_is_tried_again_at_a_sighup_alone(root, checkpoint, failure):
+    tried: list[str] = []
+
+    def failing_once(found: Checkpoint) -> Scoring:
+        if found.origin["name"] == "large":
+            tried.append("large")
+            if len(tried) == 1:
+                raise failure
+        return load(found)
+
+    async def test(registry: Registry, _: Telemetry) -> None:
+        save_checkpoint(root / "nut" / "2", replace(other(checkpoint, 7), origin={"name": "large"}))
+        for _ in range(3):
+            await looked(registry)
+        assert len(tried) == 1
+        assert "device" in (registry.problem("nut") or "")
+        assert (await registry.get("nut")).version == 1
+        await looked(registry, forget=True)
+        assert (await registry.get("nut")).version == 2
+        assert registry.problem("nut") is None
+
+    run(root, test, load=failing_once)
+
+
+def test_a_version_that_could_not_be_read_for_a_moment_has_no_problem_once_it_is_in_memory(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        weights = root / "bolt" / "9" / "model.safetensors"
+        await registry.get("bolt:9")
+        await registry.get("nut")
+        weights.rename(root / "away")
+        assert (await refusal(registry, "bolt:9")).code == "model_unavailable"
+        assert "cannot read" in (registry.problem("bolt") or "")
+        (root / "away").rename(weights)
+        assert (await registry.get("bolt:9")).version == 9
+        assert registry.problem("bolt") is None
+
+    run(root, test, model_bytes=1)
 
 
 def test_a_version_that_is_gone_is_served_until_it_is_to_be_forgotten(root):
@@ -390,7 +436,7 @@ def test_a_model_over_which_the_device_fails_is_refused_in_one_sentence_and_logg
     def fail(_: Checkpoint) -> Scoring:
         raise DeviceError("Traceback (most recent call last):\nValueError: odd")
 
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be brought to the device"):
         Registry(Settings(checkpoint=root), Telemetry(), load=fail)
     assert "ValueError: odd" in caplog.text
     refused = [record.getMessage() for record in caplog.records if "is not served" in record.getMessage()]
