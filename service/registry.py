@@ -119,7 +119,7 @@ class Registry:
 
     def answering(self) -> list[Version]:
         """The version of each product that answers where none is asked for, by name."""
-        return [self._answering[name] for name in sorted(self._answering)]
+        return [version for _, version in sorted(self._answering.items())]
 
     def versions(self, name: str) -> list[int]:
         return sorted(version.found.version for version in list(self._versions.values()) if version.name == name)
@@ -150,8 +150,11 @@ class Registry:
 
     def _looked_up(self, wanted: str | None) -> Version:
         if wanted is None:
-            if len(self._answering) == 1:
-                return next(iter(self._answering.values()))
+            answering = self.answering()
+            if len(answering) == 1:
+                return answering[0]
+            if not answering:
+                raise ServiceError("model_unknown", "no model is served.")
             raise ServiceError("model_required", f"several models are served: name one of {self._names()}.")
         if wanted in self._answering:
             return self._answering[wanted]
@@ -166,7 +169,7 @@ class Registry:
 
     def _names(self) -> str:
         names = sorted(self._answering)
-        return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        return (", ".join(names[:10]) or "none") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
     def look_now(self, *, forget: bool) -> None:
         """Have `watch` look at once. forget: versions that are gone from disk are served no more, and those that were
@@ -218,10 +221,10 @@ class Registry:
             return
         answered = set(self._answering)
         if forget:
-            self._drop_all_but({each.folder for each in found})
-            for version in self._versions.values():
-                version.problem = None  # what was wrong with it may have been put right
+            self._forget_all_but({each.folder for each in found})
         self._look_at(found)
+        # One that is gone has answered while the one in its place was read.
+        self._answering = {name: each for name, each in self._answering.items() if each.found.folder in self._versions}
         for name in answered - set(self._answering):
             self._telemetry.model_gone(name)
 
@@ -308,12 +311,12 @@ class Registry:
             held -= version.found.size
             logger.info("model %s, version %d leaves memory", version.name, version.found.version)
 
-    def _drop_all_but(self, folders: set[Path]) -> None:
+    def _forget_all_but(self, folders: set[Path]) -> None:
         for folder in set(self._versions) - folders:
             gone = self._versions.pop(folder)
-            if self._answering.get(gone.name) is gone:
-                del self._answering[gone.name]
-                logger.info("model %s, version %d is gone", gone.name, gone.found.version)
+            logger.info("model %s, version %d is gone", gone.name, gone.found.version)
+        for version in self._versions.values():
+            version.problem = None  # what was wrong with it may have been put right
 
 
 def _scan(root: Path) -> Iterator[Found]:

@@ -262,6 +262,41 @@ def test_a_version_that_is_gone_is_served_until_it_is_to_be_forgotten(root):
     run(root, test)
 
 
+def test_a_version_that_is_gone_answers_until_the_older_one_is_warm(root, monkeypatch):
+    gate, at_the_gate = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> Checkpoint:
+        at_the_gate.set()
+        assert gate.wait(30)
+        return load_checkpoint(folder)
+
+    async def test(registry: Registry, _: Telemetry) -> None:
+        shutil.rmtree(root / "nut")
+        shutil.rmtree(root / "bolt" / "10")
+        monkeypatch.setattr("service.registry.load_checkpoint", slow)
+        registry.look_now(forget=True)
+        await until(at_the_gate.is_set)
+        assert (await registry.get("bolt")).version == 10
+        gate.set()
+        await until(lambda: [each.found.version for each in registry.answering()] == [9])
+        assert (await registry.get(None)).version == 9
+
+    run(root, test)
+
+
+def test_where_all_models_are_gone_none_is_said_to_be_served(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        for product in root.iterdir():
+            shutil.rmtree(product)
+        await looked(registry, forget=True)
+        for wanted, says in ((None, "no model is served."), ("nut", "'nut': allowed are none.")):
+            error = await refusal(registry, wanted)
+            assert error.code == "model_unknown"
+            assert says in str(error)
+
+    run(root, test)
+
+
 def test_a_product_that_is_gone_leaves_no_drift_to_watch(root):
     async def test(registry: Registry, telemetry: Telemetry) -> None:
         def drift_images(name: str) -> float | None:
