@@ -28,6 +28,7 @@ from service.telemetry import Telemetry
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+UNREADABLE = ()  # in place of a stamp
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Found:
     product: str | None
     version: int
     size: int  # bytes of its weights
-    stamp: tuple[int, ...]  # another one: it was replaced
+    stamp: tuple[int, ...]  # another one: it was replaced; or UNREADABLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +201,7 @@ class Registry:
 
     def _first_look(self) -> None:
         try:
-            self._look_at(list(_scan(self._root)))
+            self._look_at(_scan(self._root)[0])
         except OSError as error:
             raise CheckpointError(f"cannot read the checkpoint {self._root}: {error}.") from error
         problems = [version.problem for version in self._versions.values() if version.problem]
@@ -215,13 +216,15 @@ class Registry:
     def look(self, forget: bool) -> None:
         """Bring the newest version of each product into service, if it can be."""
         try:
-            found = list(_scan(self._root))
+            found, unreadable = _scan(self._root)
         except OSError as error:
             logger.warning("cannot look for models in %s: %s", self._root, error)
+            if forget:
+                self._forget = True  # at the next look
             return
         answered = set(self._answering)
         if forget:
-            self._forget_all_but({each.folder for each in found})
+            self._forget_all_but({each.folder for each in found}, unreadable)
         self._look_at(found)
         # One that is gone has answered while the one in its place was read.
         self._answering = {name: each for name, each in self._answering.items() if each.found.folder in self._versions}
@@ -231,7 +234,7 @@ class Registry:
     def _look_at(self, found: list[Found]) -> None:
         for each in found:
             known = self._versions.get(each.folder)
-            if known is None or known.found.stamp != each.stamp:
+            if known is None or each.stamp not in (UNREADABLE, known.found.stamp):
                 self._versions[each.folder] = Version(each, name=each.product or (known.name if known else ""))
         for name, versions in self._by_product().items():
             self._bring_up(name, versions)
@@ -311,26 +314,42 @@ class Registry:
             held -= version.found.size
             logger.info("model %s, version %d leaves memory", version.name, version.found.version)
 
-    def _forget_all_but(self, folders: set[Path]) -> None:
+    def _forget_all_but(self, folders: set[Path], unreadable: set[Path]) -> None:
         for folder in set(self._versions) - folders:
-            gone = self._versions.pop(folder)
-            logger.info("model %s, version %d is gone", gone.name, gone.found.version)
+            if folder.parent not in unreadable:
+                gone = self._versions.pop(folder)
+                logger.info("model %s, version %d is gone", gone.name, gone.found.version)
         for version in self._versions.values():
             version.problem = None  # what was wrong with it may have been put right
 
 
-def _scan(root: Path) -> Iterator[Found]:
-    """The versions on disk. Names come from the disk and are checked; those of requests are only compared."""
+def _scan(root: Path) -> tuple[list[Found], set[Path]]:
+    """The versions on disk, and the products of which nothing is known because their folder cannot be read. Names come
+    from the disk and are checked; those of requests are only compared."""
     if (root / RECORD_FILE).exists():
-        yield _found(root, product=None, version=1)
-        return
+        return [_found(root, product=None, version=1)], set()
+    found: list[Found] = []
+    unreadable = set()
     for product in sorted(root.iterdir()):
-        if not NAME.fullmatch(product.name) or not _is_folder(product):
-            continue
-        for version in product.iterdir():
-            whole = all((version / name).exists() for name in (RECORD_FILE, WEIGHTS_FILE))
-            if VERSION.fullmatch(version.name) and _is_folder(version) and whole:
-                yield _found(version, product=product.name, version=int(version.name))
+        try:
+            if NAME.fullmatch(product.name) and _is_folder(product):
+                found += _versions_of(product)
+        except OSError as error:
+            logger.warning("cannot look for models in %s: %s", product, error)
+            unreadable.add(product)
+    return found, unreadable
+
+
+def _versions_of(product: Path) -> Iterator[Found]:
+    for folder in product.iterdir():
+        if VERSION.fullmatch(folder.name) and _is_folder(folder):
+            version = int(folder.name)
+            try:
+                yield _found(folder, product=product.name, version=version)
+            except FileNotFoundError:
+                continue  # it is being copied, or deleted
+            except OSError:
+                yield Found(folder, product.name, version, size=0, stamp=UNREADABLE)  # whoever reads it says why
 
 
 def _is_folder(path: Path) -> bool:

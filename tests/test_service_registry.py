@@ -322,6 +322,84 @@ def test_a_folder_that_is_gone_takes_nothing_with_it(root, caplog):
     run(root, test)
 
 
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Folders whose entries cannot be listed; a test that runs as root has no other."""
+    folders: set[Path] = set()
+    iterdir = Path.iterdir
+
+    def listed(self: Path) -> Any:
+        if self in folders:
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    return folders
+
+
+def test_a_product_that_cannot_be_read_holds_up_no_other_and_is_not_forgotten(root, checkpoint, unreadable, caplog):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        unreadable.add(root / "bolt")
+        save_checkpoint(root / "nut" / "2", other(checkpoint, 7))
+        shutil.rmtree(root / "nut" / "1")
+        await looked(registry, forget=True)
+        assert (await registry.get("nut")).version == 2
+        assert registry.versions("nut") == [2]
+        assert "cannot look for models in " + str(root / "bolt") in caplog.text
+        assert (await registry.get("bolt")).version == 10
+        assert (await registry.get("bolt:9")).version == 9
+
+    run(root, test)
+
+
+def test_start_with_a_product_that_cannot_be_read_serves_the_others(root, unreadable):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        assert [each.name for each in registry.answering()] == ["nut"]
+        unreadable.clear()
+        await looked(registry)
+        assert [each.name for each in registry.answering()] == ["bolt", "nut"]
+
+    unreadable.add(root / "bolt")
+    run(root, test)
+
+
+def test_a_version_that_cannot_be_read_has_a_problem_and_the_old_one_goes_on(root, checkpoint):
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
+        record = root / "nut" / "2" / "model.json"
+        save_checkpoint(record.parent, other(checkpoint, 7))
+        record.rename(root / "away")
+        record.symlink_to(record)  # it leads to itself: whoever opens it fails
+        for _ in range(2):
+            await looked(registry)
+        assert (await registry.get("nut")).version == 1
+        assert "cannot read" in (registry.problem("nut") or "")
+        assert telemetry.registry.get_sample_value("hazelnut_models_refused_total") == 1
+        (root / "away").rename(record)
+        await looked(registry)
+        served = await registry.get("nut")
+        assert served.version == 2
+        # Unreadable for a moment, it is no other version than before.
+        record.rename(root / "away")
+        record.symlink_to(record)
+        await looked(registry, forget=True)
+        assert await registry.get("nut:2") is served
+        assert registry.problem("nut") is None
+
+    run(root, test)
+
+
+def test_what_is_to_be_forgotten_is_forgotten_when_the_folder_can_be_read_again(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        away = root.rename(root.with_name("away"))
+        shutil.rmtree(away / "bolt" / "10")
+        await looked(registry, forget=True)
+        away.rename(root)
+        registry.look_now(forget=False)
+        await until(lambda: registry.answering()[0].found.version == 9)
+
+    run(root, test)
+
+
 def test_memory_is_bounded_and_the_least_recently_used_leaves(root):
     size = (root / "nut" / "1" / "model.safetensors").stat().st_size
 
