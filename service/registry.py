@@ -79,6 +79,11 @@ class Version:
     used: float = field(default_factory=time.monotonic)
 
     @property
+    def refused(self) -> bool:
+        """It was never in memory; one that was is tried again whenever it is asked for."""
+        return self.problem is not None and self.known is None
+
+    @property
     def about(self) -> About:
         """Of one that has been in memory, as every one has that answers."""
         assert self.known is not None
@@ -123,7 +128,8 @@ class Registry:
         return [version for _, version in sorted(self._answering.items())]
 
     def versions(self, name: str) -> list[int]:
-        return sorted(version.found.version for version in list(self._versions.values()) if version.name == name)
+        """Those that can be asked for."""
+        return sorted({each.found.version for each in self._all() if each.name == name and not each.refused})
 
     def problem(self, name: str) -> str | None:
         """Why a version on disk is not served, of the highest that is not."""
@@ -141,13 +147,16 @@ class Registry:
         """The same, with what is known of it."""
         version = self._looked_up(wanted)
         version.used = time.monotonic()
-        if version.model is not None:
-            return version, version.model
+        if model := version.model:
+            return version, model
+        shown_name = shown(wanted or version.name)
+        if version.refused:
+            raise ServiceError("model_unavailable", f"model {shown_name}: {version.problem}")
         loop = asyncio.get_running_loop()
         try:
             return version, await loop.run_in_executor(self._loading, self._back_in_memory, version)
         except CheckpointError as error:
-            raise ServiceError("model_unavailable", f"model {shown(wanted or version.name)}: {error}") from error
+            raise ServiceError("model_unavailable", f"model {shown_name}: {error}") from error
 
     def _looked_up(self, wanted: str | None) -> Version:
         if wanted is None:
@@ -160,13 +169,17 @@ class Registry:
         if wanted in self._answering:
             return self._answering[wanted]
         name, _, number = wanted.rpartition(":")
-        for version in list(self._versions.values()):
+        for version in self._all():
             if version.name == name and str(version.found.version) == number:
                 return version
         if name in self._answering:
             numbers = ", ".join(map(str, self.versions(name)))
             raise ServiceError("model_unknown", f"there is no model {shown(wanted)}: {name} has versions {numbers}.")
         raise ServiceError("model_unknown", f"there is no model {shown(wanted)}: allowed are {self._names()}.")
+
+    def _all(self) -> list[Version]:
+        """Those that answer first: on disk there may be another one in its place that cannot."""
+        return [*self._answering.values(), *self._versions.values()]
 
     def _names(self) -> str:
         names = sorted(self._answering)
@@ -247,8 +260,11 @@ class Registry:
         return products
 
     def _bring_up(self, name: str, versions: list[Version]) -> None:
+        answering, least = self._answering.get(name), 0
+        if answering is not None and answering.model is not None and answering.found.folder in self._versions:
+            least = answering.found.version  # it goes on, though on disk there may be another one in its place
         for version in versions:
-            if self._answering.get(name) is version:
+            if version is answering or version.found.version < least:
                 return
             if version.problem is None and self._try(version):
                 self._take_over(version)

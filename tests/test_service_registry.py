@@ -209,6 +209,57 @@ def test_a_broken_version_is_refused_while_the_old_one_serves(root, checkpoint, 
     run(root, test)
 
 
+def test_a_version_that_is_refused_is_not_offered_and_costs_no_other_its_place(root, checkpoint):
+    size = (root / "nut" / "1" / "model.safetensors").stat().st_size
+
+    async def test(registry: Registry, _: Telemetry) -> None:
+        save_checkpoint(root / "nut" / "2", checkpoint)
+        (root / "nut" / "2" / "model.json").write_text("{")
+        await looked(registry)
+        await registry.get("nut")
+        before = in_memory(registry)
+        assert ("nut", 1) in before
+        assert registry.versions("nut") == [1]
+        assert "nut has versions 1." in str(await refusal(registry, "nut:3"))
+        for _ in range(3):
+            error = await refusal(registry, "nut:2")
+            assert error.code == "model_unavailable"
+            assert "not JSON" in str(error)
+        assert in_memory(registry) == before
+
+    run(root, test, model_bytes=size)
+
+
+def test_a_version_that_is_replaced_by_a_broken_one_goes_on(root, checkpoint):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        before = await registry.get("bolt")
+        record = root / "bolt" / "10" / "model.json"
+        record.write_text("{")
+        for forget in (False, True):
+            await looked(registry, forget=forget)
+            assert await registry.get("bolt") is before
+            assert await registry.get("bolt:10") is before
+        assert registry.versions("bolt") == [9, 10]
+        assert "not JSON" in (registry.problem("bolt") or "")
+        save_checkpoint(record.parent, other(checkpoint, 7))
+        await looked(registry)
+        after = await registry.get("bolt")
+        assert after.version == 10
+        assert after is not before
+
+    run(root, test)
+
+
+def test_a_version_that_is_replaced_by_a_broken_one_while_it_is_not_in_memory_leaves_the_older_one(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        await registry.get("nut")
+        (root / "bolt" / "10" / "model.json").write_text("{")
+        await looked(registry)
+        assert (await registry.get("bolt")).version == 9
+
+    run(root, test, model_bytes=1)
+
+
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError("of 2 GiB"), DeviceError("Traceback: it died")])
 def test_a_version_over_which_the_device_fails_is_tried_again_at_a_sighup_alone(root, checkpoint, failure):
     tried: list[str] = []
