@@ -76,7 +76,13 @@ class Version:
     model: ServedModel | None = None
     known: About | None = None
     problem: str | None = None  # why it cannot be served
+    reading: "asyncio.Future[ServedModel] | None" = None  # while someone waits for the model
     used: float = field(default_factory=time.monotonic)
+
+    def was_read(self, reading: "asyncio.Future[ServedModel]") -> None:
+        self.reading = None  # it would keep the model in memory
+        if not reading.cancelled():
+            reading.exception()  # or asyncio complains where nobody waits any more
 
     @property
     def refused(self) -> bool:
@@ -106,6 +112,7 @@ class Registry:
         """
         self._root = settings.checkpoint
         self._room = settings.model_bytes
+        self._seconds = settings.answer_seconds
         self._load = load
         self._telemetry = telemetry
         self._versions: dict[Path, Version] = {}
@@ -139,7 +146,7 @@ class Registry:
     async def get(self, wanted: str | None) -> ServedModel:
         """The model for NAME, NAME:VERSION or, where there is one product, None. Reads it where it is not in memory.
 
-        Raises ServiceError: model_required, model_unknown, model_unavailable.
+        Raises ServiceError: model_required, model_unknown, model_unavailable, deadline.
         """
         return (await self.get_version(wanted))[1]
 
@@ -152,9 +159,18 @@ class Registry:
         shown_name = shown(wanted or version.name)
         if version.refused:
             raise ServiceError("model_unavailable", f"model {shown_name}: {version.problem}")
-        loop = asyncio.get_running_loop()
+        # All who ask share it: who gives up takes it from nobody, and no more are under way than there are versions.
+        if version.reading is None:
+            loop = asyncio.get_running_loop()
+            version.reading = loop.run_in_executor(self._loading, self._back_in_memory, version)
+            version.reading.add_done_callback(version.was_read)
+        read, _ = await asyncio.wait([version.reading], timeout=self._seconds)
+        if not read:
+            raise ServiceError(
+                "deadline", f"model {shown_name} was not read within {self._seconds:g} seconds: try later."
+            )
         try:
-            return version, await loop.run_in_executor(self._loading, self._back_in_memory, version)
+            return version, read.pop().result()
         except CheckpointError as error:
             raise ServiceError("model_unavailable", f"model {shown_name}: {error}") from error
 

@@ -1,10 +1,12 @@
 """Many products: which model answers, how a new version takes over, and what becomes of a broken one."""
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
-from collections.abc import Callable, Coroutine
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,21 @@ def load(checkpoint: Checkpoint) -> Scoring:
     return warm_scorer(checkpoint, torch.device("cpu"))
 
 
+class Disk:
+    """Lets no checkpoint be read while the gate is closed. Keeps which ones are."""
+
+    def __init__(self) -> None:
+        self.gate, self.at_the_gate = threading.Event(), threading.Event()
+        self.gate.set()
+        self.folders: list[Path] = []
+
+    def read(self, folder: Path) -> Checkpoint:
+        self.folders.append(folder)
+        self.at_the_gate.set()
+        assert self.gate.wait(30)
+        return load_checkpoint(folder)
+
+
 def other(checkpoint: Checkpoint, seed: int) -> Checkpoint:
     """One with weights of its own."""
     with torch.random.fork_rng():
@@ -47,6 +64,14 @@ def root(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     for index, version in enumerate(("bolt/9", "bolt/10", "nut/1")):
         save_checkpoint(root / version, other(checkpoint, index))
     return root
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk()
+    monkeypatch.setattr("service.registry.load_checkpoint", disk.read)
+    yield disk
+    disk.gate.set()
 
 
 def run(
@@ -313,22 +338,16 @@ def test_a_version_that_is_gone_is_served_until_it_is_to_be_forgotten(root):
     run(root, test)
 
 
-def test_a_version_that_is_gone_answers_until_the_older_one_is_warm(root, monkeypatch):
-    gate, at_the_gate = threading.Event(), threading.Event()
-
-    def slow(folder: Path) -> Checkpoint:
-        at_the_gate.set()
-        assert gate.wait(30)
-        return load_checkpoint(folder)
-
+def test_a_version_that_is_gone_answers_until_the_older_one_is_warm(root, disk):
     async def test(registry: Registry, _: Telemetry) -> None:
         shutil.rmtree(root / "nut")
         shutil.rmtree(root / "bolt" / "10")
-        monkeypatch.setattr("service.registry.load_checkpoint", slow)
+        disk.gate.clear()
+        disk.at_the_gate.clear()
         registry.look_now(forget=True)
-        await until(at_the_gate.is_set)
+        await until(disk.at_the_gate.is_set)
         assert (await registry.get("bolt")).version == 10
-        gate.set()
+        disk.gate.set()
         await until(lambda: [each.found.version for each in registry.answering()] == [9])
         assert (await registry.get(None)).version == 9
 
@@ -477,20 +496,55 @@ def test_a_model_larger_than_the_budget_is_served_alone(root):
     run(root, test, model_bytes=1)
 
 
-def test_many_who_ask_for_a_model_on_disk_have_it_read_once(root, monkeypatch):
-    read: list[Path] = []
-
+def test_many_who_ask_for_a_model_on_disk_have_it_read_once(root, disk):
     async def test(registry: Registry, _: Telemetry) -> None:
-        def reading(folder: Path) -> Checkpoint:
-            read.append(folder)
-            return load_checkpoint(folder)
-
-        monkeypatch.setattr("service.registry.load_checkpoint", reading)
+        disk.folders.clear()
         found = await asyncio.gather(*(registry.get("bolt:9") for _ in range(20)))
         assert len({id(model) for model in found}) == 1
-        assert read == [root / "bolt" / "9"]
+        assert disk.folders == [root / "bolt" / "9"]
 
     run(root, test)
+
+
+def test_a_model_that_is_not_read_in_time_is_given_up_and_is_there_for_those_who_come_later(root, disk):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        disk.folders.clear()
+        disk.gate.clear()
+        errors = await asyncio.gather(*(refusal(registry, wanted) for wanted in ["bolt", "bolt:9", "bolt:9", "bolt"]))
+        assert [error.code for error in errors] == ["deadline"] * 4
+        assert "model 'bolt' was not read within 0.1 seconds" in str(errors[0])
+        registry._seconds = 60
+        later = asyncio.gather(*(registry.get(wanted) for wanted in ["bolt:9", "bolt"]))
+        await asyncio.sleep(0)
+        disk.gate.set()
+        assert [model.version for model in await later] == [9, 10]
+        assert disk.folders == [root / "bolt" / "10", root / "bolt" / "9"], "each was read once for all"
+
+    run(root, test, model_bytes=1, answer_seconds=0.1)
+
+
+def test_a_reading_that_fails_when_nobody_waits_any_more_is_no_fault(root, disk, caplog):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        (root / "bolt" / "9" / "model.json").write_text("{")
+        disk.gate.clear()
+        assert (await refusal(registry, "bolt:9")).code == "deadline"
+        disk.gate.set()
+        await until(lambda: registry.problem("bolt"))
+        await looked(registry)
+        gc.collect()
+        assert "never retrieved" not in caplog.text
+
+    run(root, test, answer_seconds=0.1)
+
+
+def test_a_model_that_leaves_is_kept_in_memory_by_nobody(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        gone = weakref.ref(await registry.get("bolt:9"))
+        await registry.get("nut")
+        gc.collect()
+        assert gone() is None
+
+    run(root, test, model_bytes=1)
 
 
 def test_the_drift_of_a_model_outlives_its_time_on_disk(root):
