@@ -1,16 +1,12 @@
 """The models that are served: what is on disk, what of it is in memory, and which version answers.
 
-    CHECKPOINT/model.json                one product, named by its checkpoint, version 1
-    CHECKPOINT/<name>/<version>/...      many: names in lower case, versions whole numbers, of which the highest answers
-
 The folder is looked at again and again. A version is read, checked and warmed in a thread of its own and only then
 takes over; one that fails is reported, and the version before it goes on. Requests keep the model that they began with.
 """
 
 import asyncio
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +14,14 @@ from pathlib import Path
 import torch
 
 from models.calibration import Calibration
-from models.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint, load_checkpoint
+from models.checkpoint import RECORD_FILE, Checkpoint, load_checkpoint
 from models.errors import CheckpointError
 from service.device_worker import DeviceError, Scoring
 from service.drift import Drift
 from service.errors import ServiceError, logger, shown
+from service.found import UNREADABLE, Found, scan
 from service.settings import Settings
 from service.telemetry import Telemetry
-
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
-VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
-UNREADABLE = ()  # in place of a stamp
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +37,6 @@ class ServedModel:
     @property
     def calibration(self) -> Calibration:
         return self.checkpoint.calibration
-
-
-@dataclass(frozen=True)
-class Found:
-    """A version on disk. product: None where the folder is the only one, whose checkpoint says its name."""
-
-    folder: Path
-    product: str | None
-    version: int
-    size: int  # bytes of its weights
-    stamp: tuple[int, ...]  # another one: it was replaced; or UNREADABLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +212,7 @@ class Registry:
 
     def _first_look(self) -> None:
         try:
-            self._look_at(_scan(self._root)[0])
+            self._look_at(scan(self._root)[0])
         except OSError as error:
             raise CheckpointError(f"cannot read the checkpoint {self._root}: {error}.") from error
         problems = [version.problem for version in self._versions.values() if version.problem]
@@ -245,7 +227,7 @@ class Registry:
     def look(self, forget: bool) -> None:
         """Bring the newest version of each product into service, if it can be."""
         try:
-            found, unreadable = _scan(self._root)
+            found, unreadable = scan(self._root)
         except OSError as error:
             logger.warning("cannot look for models in %s: %s", self._root, error)
             if forget:
@@ -353,46 +335,6 @@ class Registry:
                 logger.info("model %s, version %d is gone", gone.name, gone.found.version)
         for version in self._versions.values():
             version.problem = None  # what was wrong with it may have been put right
-
-
-def _scan(root: Path) -> tuple[list[Found], set[Path]]:
-    """The versions on disk, and the products of which nothing is known because their folder cannot be read. Names come
-    from the disk and are checked; those of requests are only compared."""
-    if (root / RECORD_FILE).exists():
-        return [_found(root, product=None, version=1)], set()
-    found: list[Found] = []
-    unreadable = set()
-    for product in sorted(root.iterdir()):
-        try:
-            if NAME.fullmatch(product.name) and _is_folder(product):
-                found += _versions_of(product)
-        except OSError as error:
-            logger.warning("cannot look for models in %s: %s", product, error)
-            unreadable.add(product)
-    return found, unreadable
-
-
-def _versions_of(product: Path) -> Iterator[Found]:
-    for folder in product.iterdir():
-        if VERSION.fullmatch(folder.name) and _is_folder(folder):
-            version = int(folder.name)
-            try:
-                yield _found(folder, product=product.name, version=version)
-            except FileNotFoundError:
-                continue  # it is being copied, or deleted
-            except OSError:
-                yield Found(folder, product.name, version, size=0, stamp=UNREADABLE)  # whoever reads it says why
-
-
-def _is_folder(path: Path) -> bool:
-    """Not a link: it could lead anywhere."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def _found(folder: Path, *, product: str | None, version: int) -> Found:
-    status = [(folder / name).stat() for name in (RECORD_FILE, WEIGHTS_FILE)]
-    stamp = tuple(number for each in status for number in (each.st_mtime_ns, each.st_ino, each.st_size))
-    return Found(folder, product, version, size=status[1].st_size, stamp=stamp)
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:

@@ -237,7 +237,7 @@ def test_a_broken_version_is_refused_while_the_old_one_serves(root, checkpoint, 
 def test_a_version_that_is_refused_is_not_offered_and_costs_no_other_its_place(root, checkpoint):
     size = (root / "nut" / "1" / "model.safetensors").stat().st_size
 
-    async def test(registry: Registry, _: Telemetry) -> None:
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
         save_checkpoint(root / "nut" / "2", checkpoint)
         (root / "nut" / "2" / "model.json").write_text("{")
         await looked(registry)
@@ -251,6 +251,7 @@ def test_a_version_that_is_refused_is_not_offered_and_costs_no_other_its_place(r
             assert error.code == "model_unavailable"
             assert "not JSON" in str(error)
         assert in_memory(registry) == before
+        assert telemetry.registry.get_sample_value("hazelnut_models_refused_total") == 1
 
     run(root, test, model_bytes=size)
 
@@ -296,11 +297,11 @@ def test_a_version_over_which_the_device_fails_is_tried_again_at_a_sighup_alone(
                 raise failure
         return load(found)
 
-    async def test(registry: Registry, _: Telemetry) -> None:
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
         save_checkpoint(root / "nut" / "2", replace(other(checkpoint, 7), origin={"name": "large"}))
         for _ in range(3):
             await looked(registry)
-        assert len(tried) == 1
+        assert len(tried) == telemetry.registry.get_sample_value("hazelnut_models_refused_total") == 1
         assert "device" in (registry.problem("nut") or "")
         assert (await registry.get("nut")).version == 1
         await looked(registry, forget=True)
