@@ -7,7 +7,8 @@ from pathlib import Path
 from models.checkpoint import RECORD_FILE, WEIGHTS_FILE, load_checkpoint
 from models.errors import CheckpointError, ConfigError
 from models.files import write_durably
-from service.registry import NAME, VERSION, checkpoint_name
+from service.found import NAME, VERSION
+from service.registry import checkpoint_name
 
 
 def publish(checkpoint: Path, root: Path, *, name: str | None) -> Path:

@@ -1,16 +1,12 @@
 """The models that are served: what is on disk, what of it is in memory, and which version answers.
 
-    CHECKPOINT/model.json                one product, named by its checkpoint, version 1
-    CHECKPOINT/<name>/<version>/...      many: names in lower case, versions whole numbers, of which the highest answers
-
 The folder is looked at again and again. A version is read, checked and warmed in a thread of its own and only then
 takes over; one that fails is reported, and the version before it goes on. Requests keep the model that they began with.
 """
 
 import asyncio
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +14,14 @@ from pathlib import Path
 import torch
 
 from models.calibration import Calibration
-from models.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint, load_checkpoint
+from models.checkpoint import RECORD_FILE, Checkpoint, load_checkpoint
 from models.errors import CheckpointError
 from service.device_worker import DeviceError, Scoring
 from service.drift import Drift
 from service.errors import ServiceError, logger, shown
+from service.found import UNREADABLE, Found, scan
 from service.settings import Settings
 from service.telemetry import Telemetry
-
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
-VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +37,6 @@ class ServedModel:
     @property
     def calibration(self) -> Calibration:
         return self.checkpoint.calibration
-
-
-@dataclass(frozen=True)
-class Found:
-    """A version on disk. product: None where the folder is the only one, whose checkpoint says its name."""
-
-    folder: Path
-    product: str | None
-    version: int
-    size: int  # bytes of its weights
-    stamp: tuple[int, ...]  # another one: it was replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +58,18 @@ class Version:
     model: ServedModel | None = None
     known: About | None = None
     problem: str | None = None  # why it cannot be served
+    reading: "asyncio.Future[ServedModel] | None" = None  # while someone waits for the model
     used: float = field(default_factory=time.monotonic)
+
+    def was_read(self, reading: "asyncio.Future[ServedModel]") -> None:
+        self.reading = None  # it would keep the model in memory
+        if not reading.cancelled():
+            reading.exception()  # or asyncio complains where nobody waits any more
+
+    @property
+    def refused(self) -> bool:
+        """It was never in memory; one that was is tried again whenever it is asked for."""
+        return self.problem is not None and self.known is None
 
     @property
     def about(self) -> About:
@@ -100,6 +94,7 @@ class Registry:
         """
         self._root = settings.checkpoint
         self._room = settings.model_bytes
+        self._seconds = settings.answer_seconds
         self._load = load
         self._telemetry = telemetry
         self._versions: dict[Path, Version] = {}
@@ -119,10 +114,11 @@ class Registry:
 
     def answering(self) -> list[Version]:
         """The version of each product that answers where none is asked for, by name."""
-        return [self._answering[name] for name in sorted(self._answering)]
+        return [version for _, version in sorted(self._answering.items())]
 
     def versions(self, name: str) -> list[int]:
-        return sorted(version.found.version for version in list(self._versions.values()) if version.name == name)
+        """Those that can be asked for."""
+        return sorted({each.found.version for each in self._all() if each.name == name and not each.refused})
 
     def problem(self, name: str) -> str | None:
         """Why a version on disk is not served, of the highest that is not."""
@@ -132,7 +128,7 @@ class Registry:
     async def get(self, wanted: str | None) -> ServedModel:
         """The model for NAME, NAME:VERSION or, where there is one product, None. Reads it where it is not in memory.
 
-        Raises ServiceError: model_required, model_unknown, model_unavailable.
+        Raises ServiceError: model_required, model_unknown, model_unavailable, deadline.
         """
         return (await self.get_version(wanted))[1]
 
@@ -140,23 +136,38 @@ class Registry:
         """The same, with what is known of it."""
         version = self._looked_up(wanted)
         version.used = time.monotonic()
-        if version.model is not None:
-            return version, version.model
-        loop = asyncio.get_running_loop()
+        if model := version.model:
+            return version, model
+        shown_name = shown(wanted or version.name)
+        if version.refused:
+            raise ServiceError("model_unavailable", f"model {shown_name}: {version.problem}")
+        # All who ask share it: who gives up takes it from nobody, and no more are under way than there are versions.
+        if version.reading is None:
+            loop = asyncio.get_running_loop()
+            version.reading = loop.run_in_executor(self._loading, self._back_in_memory, version)
+            version.reading.add_done_callback(version.was_read)
+        read, _ = await asyncio.wait([version.reading], timeout=self._seconds)
+        if not read:
+            raise ServiceError(
+                "deadline", f"model {shown_name} was not read within {self._seconds:g} seconds: try later."
+            )
         try:
-            return version, await loop.run_in_executor(self._loading, self._back_in_memory, version)
+            return version, read.pop().result()
         except CheckpointError as error:
-            raise ServiceError("model_unavailable", f"model {shown(wanted or version.name)}: {error}") from error
+            raise ServiceError("model_unavailable", f"model {shown_name}: {error}") from error
 
     def _looked_up(self, wanted: str | None) -> Version:
         if wanted is None:
-            if len(self._answering) == 1:
-                return next(iter(self._answering.values()))
+            answering = self.answering()
+            if len(answering) == 1:
+                return answering[0]
+            if not answering:
+                raise ServiceError("model_unknown", "no model is served.")
             raise ServiceError("model_required", f"several models are served: name one of {self._names()}.")
         if wanted in self._answering:
             return self._answering[wanted]
         name, _, number = wanted.rpartition(":")
-        for version in list(self._versions.values()):
+        for version in self._all():
             if version.name == name and str(version.found.version) == number:
                 return version
         if name in self._answering:
@@ -164,12 +175,17 @@ class Registry:
             raise ServiceError("model_unknown", f"there is no model {shown(wanted)}: {name} has versions {numbers}.")
         raise ServiceError("model_unknown", f"there is no model {shown(wanted)}: allowed are {self._names()}.")
 
+    def _all(self) -> list[Version]:
+        """Those that answer first: on disk there may be another one in its place that cannot."""
+        return [*self._answering.values(), *self._versions.values()]
+
     def _names(self) -> str:
         names = sorted(self._answering)
-        return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        return (", ".join(names[:10]) or "none") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
     def look_now(self, *, forget: bool) -> None:
-        """Have `watch` look at once. forget: versions that are gone from disk are served no more."""
+        """Have `watch` look at once. forget: versions that are gone from disk are served no more, and those that were
+        refused are tried again."""
         self._forget |= forget
         self._look_now.set()
 
@@ -196,7 +212,7 @@ class Registry:
 
     def _first_look(self) -> None:
         try:
-            self._look_at(list(_scan(self._root)))
+            self._look_at(scan(self._root)[0])
         except OSError as error:
             raise CheckpointError(f"cannot read the checkpoint {self._root}: {error}.") from error
         problems = [version.problem for version in self._versions.values() if version.problem]
@@ -211,21 +227,25 @@ class Registry:
     def look(self, forget: bool) -> None:
         """Bring the newest version of each product into service, if it can be."""
         try:
-            found = list(_scan(self._root))
+            found, unreadable = scan(self._root)
         except OSError as error:
             logger.warning("cannot look for models in %s: %s", self._root, error)
+            if forget:
+                self._forget = True  # at the next look
             return
         answered = set(self._answering)
         if forget:
-            self._drop_all_but({each.folder for each in found})
+            self._forget_all_but({each.folder for each in found}, unreadable)
         self._look_at(found)
+        # One that is gone has answered while the one in its place was read.
+        self._answering = {name: each for name, each in self._answering.items() if each.found.folder in self._versions}
         for name in answered - set(self._answering):
             self._telemetry.model_gone(name)
 
     def _look_at(self, found: list[Found]) -> None:
         for each in found:
             known = self._versions.get(each.folder)
-            if known is None or known.found.stamp != each.stamp:
+            if known is None or each.stamp not in (UNREADABLE, known.found.stamp):
                 self._versions[each.folder] = Version(each, name=each.product or (known.name if known else ""))
         for name, versions in self._by_product().items():
             self._bring_up(name, versions)
@@ -238,8 +258,11 @@ class Registry:
         return products
 
     def _bring_up(self, name: str, versions: list[Version]) -> None:
+        answering, least = self._answering.get(name), 0
+        if answering is not None and answering.model is not None and answering.found.folder in self._versions:
+            least = answering.found.version  # it goes on, though on disk there may be another one in its place
         for version in versions:
-            if self._answering.get(name) is version:
+            if version is answering or version.found.version < least:
                 return
             if version.problem is None and self._try(version):
                 self._take_over(version)
@@ -265,21 +288,25 @@ class Registry:
         except CheckpointError as error:
             version.problem = str(error)
             raise
-        except torch.OutOfMemoryError as error:
-            raise CheckpointError(f"{version.found.folder} does not fit into the device's memory.") from error
-        except DeviceError as error:
-            logger.exception("a model cannot be brought to the device")
-            message = f"{version.found.folder} cannot be brought to the device; the log has the traceback."
-            raise CheckpointError(message) from error
 
     def _made_ready(self, version: Version, checkpoint: Checkpoint) -> ServedModel:
         version.name = version.found.product or checkpoint_name(checkpoint)
-        scorer = self._load(checkpoint)
+        scorer = self._on_device(version.found.folder, checkpoint)
         calibration = checkpoint.calibration
         drift = version.known.drift if version.known else Drift(calibration.n)
         version.known = About(version.name, checkpoint.weights_sha256, calibration, drift)
         version.model = ServedModel(version.name, version.found.version, checkpoint, scorer, drift)
+        version.problem = None
         return version.model
+
+    def _on_device(self, folder: Path, checkpoint: Checkpoint) -> Scoring:
+        try:
+            return self._load(checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(f"{folder} does not fit into the device's memory.") from error
+        except DeviceError as error:
+            logger.exception("a model cannot be brought to the device")
+            raise CheckpointError(f"{folder} cannot be brought to the device; the log has the traceback.") from error
 
     def _take_over(self, version: Version) -> None:
         number, drift = version.found.version, version.about.drift
@@ -301,37 +328,13 @@ class Registry:
             held -= version.found.size
             logger.info("model %s, version %d leaves memory", version.name, version.found.version)
 
-    def _drop_all_but(self, folders: set[Path]) -> None:
+    def _forget_all_but(self, folders: set[Path], unreadable: set[Path]) -> None:
         for folder in set(self._versions) - folders:
-            gone = self._versions.pop(folder)
-            if self._answering.get(gone.name) is gone:
-                del self._answering[gone.name]
+            if folder.parent not in unreadable:
+                gone = self._versions.pop(folder)
                 logger.info("model %s, version %d is gone", gone.name, gone.found.version)
-
-
-def _scan(root: Path) -> Iterator[Found]:
-    """The versions on disk. Names come from the disk and are checked; those of requests are only compared."""
-    if (root / RECORD_FILE).exists():
-        yield _found(root, product=None, version=1)
-        return
-    for product in sorted(root.iterdir()):
-        if not NAME.fullmatch(product.name) or not _is_folder(product):
-            continue
-        for version in product.iterdir():
-            whole = all((version / name).exists() for name in (RECORD_FILE, WEIGHTS_FILE))
-            if VERSION.fullmatch(version.name) and _is_folder(version) and whole:
-                yield _found(version, product=product.name, version=int(version.name))
-
-
-def _is_folder(path: Path) -> bool:
-    """Not a link: it could lead anywhere."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def _found(folder: Path, *, product: str | None, version: int) -> Found:
-    status = [(folder / name).stat() for name in (RECORD_FILE, WEIGHTS_FILE)]
-    stamp = tuple(number for each in status for number in (each.st_mtime_ns, each.st_ino, each.st_size))
-    return Found(folder, product, version, size=status[1].st_size, stamp=stamp)
+        for version in self._versions.values():
+            version.problem = None  # what was wrong with it may have been put right
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:

@@ -137,7 +137,9 @@ async def list_models(running: Admitted) -> ModelList:
 @router.get(
     "/models/{name}",
     summary="A model in detail",
-    responses=documented("unauthorized", "model_unknown", "invalid_parameter", "not_ready", "model_unavailable"),
+    responses=documented(
+        "unauthorized", "model_unknown", "invalid_parameter", "not_ready", "model_unavailable", "deadline"
+    ),
 )
 async def model_details(name: Annotated[str, Path(max_length=255)], running: Admitted) -> ModelDetails:
     """The name may be NAME:VERSION."""

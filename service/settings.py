@@ -61,7 +61,9 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="How long a request may take to arrive; slower clients are refused."
     )
     answer_seconds: float = Field(
-        default=30.0, gt=0, description="How long an image may take from its arrival to its scores."
+        default=30.0,
+        gt=0,
+        description="How long an image may take from its arrival to its scores, and before that a model to be read.",
     )
     send_seconds: float = Field(
         default=30.0, gt=0, description="How long a client may leave its answer unread; then the connection is cut."

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service.registry import NAME
+from service.found import NAME
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]

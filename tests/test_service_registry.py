@@ -1,10 +1,12 @@
 """Many products: which model answers, how a new version takes over, and what becomes of a broken one."""
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
-from collections.abc import Callable, Coroutine
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,21 @@ def load(checkpoint: Checkpoint) -> Scoring:
     return warm_scorer(checkpoint, torch.device("cpu"))
 
 
+class Disk:
+    """Lets no checkpoint be read while the gate is closed. Keeps which ones are."""
+
+    def __init__(self) -> None:
+        self.gate, self.at_the_gate = threading.Event(), threading.Event()
+        self.gate.set()
+        self.folders: list[Path] = []
+
+    def read(self, folder: Path) -> Checkpoint:
+        self.folders.append(folder)
+        self.at_the_gate.set()
+        assert self.gate.wait(30)
+        return load_checkpoint(folder)
+
+
 def other(checkpoint: Checkpoint, seed: int) -> Checkpoint:
     """One with weights of its own."""
     with torch.random.fork_rng():
@@ -49,7 +66,21 @@ def root(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return root
 
 
-def run(root: Path, test: Callable[[Registry, Telemetry], Coroutine[Any, Any, None]], **settings: Any) -> None:
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk()
+    monkeypatch.setattr("service.registry.load_checkpoint", disk.read)
+    yield disk
+    disk.gate.set()
+
+
+def run(
+    root: Path,
+    test: Callable[[Registry, Telemetry], Coroutine[Any, Any, None]],
+    *,
+    load: Callable[[Checkpoint], Scoring] = load,
+    **settings: Any,
+) -> None:
     async def whole() -> None:
         telemetry = Telemetry()
         registry = Registry(Settings(checkpoint=root, **settings), telemetry, load=load)
@@ -203,6 +234,98 @@ def test_a_broken_version_is_refused_while_the_old_one_serves(root, checkpoint, 
     run(root, test)
 
 
+def test_a_version_that_is_refused_is_not_offered_and_costs_no_other_its_place(root, checkpoint):
+    size = (root / "nut" / "1" / "model.safetensors").stat().st_size
+
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
+        save_checkpoint(root / "nut" / "2", checkpoint)
+        (root / "nut" / "2" / "model.json").write_text("{")
+        await looked(registry)
+        await registry.get("nut")
+        before = in_memory(registry)
+        assert ("nut", 1) in before
+        assert registry.versions("nut") == [1]
+        assert "nut has versions 1." in str(await refusal(registry, "nut:3"))
+        for _ in range(3):
+            error = await refusal(registry, "nut:2")
+            assert error.code == "model_unavailable"
+            assert "not JSON" in str(error)
+        assert in_memory(registry) == before
+        assert telemetry.registry.get_sample_value("hazelnut_models_refused_total") == 1
+
+    run(root, test, model_bytes=size)
+
+
+def test_a_version_that_is_replaced_by_a_broken_one_goes_on(root, checkpoint):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        before = await registry.get("bolt")
+        record = root / "bolt" / "10" / "model.json"
+        record.write_text("{")
+        for forget in (False, True):
+            await looked(registry, forget=forget)
+            assert await registry.get("bolt") is before
+            assert await registry.get("bolt:10") is before
+        assert registry.versions("bolt") == [9, 10]
+        assert "not JSON" in (registry.problem("bolt") or "")
+        save_checkpoint(record.parent, other(checkpoint, 7))
+        await looked(registry)
+        after = await registry.get("bolt")
+        assert after.version == 10
+        assert after is not before
+
+    run(root, test)
+
+
+def test_a_version_that_is_replaced_by_a_broken_one_while_it_is_not_in_memory_leaves_the_older_one(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        await registry.get("nut")
+        (root / "bolt" / "10" / "model.json").write_text("{")
+        await looked(registry)
+        assert (await registry.get("bolt")).version == 9
+
+    run(root, test, model_bytes=1)
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("of 2 GiB"), DeviceError("Traceback: it died")])
+def test_a_version_over_which_the_device_fails_is_tried_again_at_a_sighup_alone(root, checkpoint, failure):
+    tried: list[str] = []
+
+    def failing_once(found: Checkpoint) -> Scoring:
+        if found.origin["name"] == "large":
+            tried.append("large")
+            if len(tried) == 1:
+                raise failure
+        return load(found)
+
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
+        save_checkpoint(root / "nut" / "2", replace(other(checkpoint, 7), origin={"name": "large"}))
+        for _ in range(3):
+            await looked(registry)
+        assert len(tried) == telemetry.registry.get_sample_value("hazelnut_models_refused_total") == 1
+        assert "device" in (registry.problem("nut") or "")
+        assert (await registry.get("nut")).version == 1
+        await looked(registry, forget=True)
+        assert (await registry.get("nut")).version == 2
+        assert registry.problem("nut") is None
+
+    run(root, test, load=failing_once)
+
+
+def test_a_version_that_could_not_be_read_for_a_moment_has_no_problem_once_it_is_in_memory(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        weights = root / "bolt" / "9" / "model.safetensors"
+        await registry.get("bolt:9")
+        await registry.get("nut")
+        weights.rename(root / "away")
+        assert (await refusal(registry, "bolt:9")).code == "model_unavailable"
+        assert "cannot read" in (registry.problem("bolt") or "")
+        (root / "away").rename(weights)
+        assert (await registry.get("bolt:9")).version == 9
+        assert registry.problem("bolt") is None
+
+    run(root, test, model_bytes=1)
+
+
 def test_a_version_that_is_gone_is_served_until_it_is_to_be_forgotten(root):
     async def test(registry: Registry, _: Telemetry) -> None:
         shutil.rmtree(root / "bolt" / "10")
@@ -212,6 +335,35 @@ def test_a_version_that_is_gone_is_served_until_it_is_to_be_forgotten(root):
         await until(lambda: registry.answering()[0].found.version == 9)
         assert (await registry.get("bolt")).version == 9
         assert (await refusal(registry, "bolt:10")).code == "model_unknown"
+
+    run(root, test)
+
+
+def test_a_version_that_is_gone_answers_until_the_older_one_is_warm(root, disk):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        shutil.rmtree(root / "nut")
+        shutil.rmtree(root / "bolt" / "10")
+        disk.gate.clear()
+        disk.at_the_gate.clear()
+        registry.look_now(forget=True)
+        await until(disk.at_the_gate.is_set)
+        assert (await registry.get("bolt")).version == 10
+        disk.gate.set()
+        await until(lambda: [each.found.version for each in registry.answering()] == [9])
+        assert (await registry.get(None)).version == 9
+
+    run(root, test)
+
+
+def test_where_all_models_are_gone_none_is_said_to_be_served(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        for product in root.iterdir():
+            shutil.rmtree(product)
+        await looked(registry, forget=True)
+        for wanted, says in ((None, "no model is served."), ("nut", "'nut': allowed are none.")):
+            error = await refusal(registry, wanted)
+            assert error.code == "model_unknown"
+            assert says in str(error)
 
     run(root, test)
 
@@ -237,6 +389,84 @@ def test_a_folder_that_is_gone_takes_nothing_with_it(root, caplog):
         await looked(registry, forget=True)
         assert (await registry.get("bolt")).version == 10
         assert "cannot look for models" in caplog.text
+
+    run(root, test)
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Folders whose entries cannot be listed; a test that runs as root has no other."""
+    folders: set[Path] = set()
+    iterdir = Path.iterdir
+
+    def listed(self: Path) -> Any:
+        if self in folders:
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    return folders
+
+
+def test_a_product_that_cannot_be_read_holds_up_no_other_and_is_not_forgotten(root, checkpoint, unreadable, caplog):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        unreadable.add(root / "bolt")
+        save_checkpoint(root / "nut" / "2", other(checkpoint, 7))
+        shutil.rmtree(root / "nut" / "1")
+        await looked(registry, forget=True)
+        assert (await registry.get("nut")).version == 2
+        assert registry.versions("nut") == [2]
+        assert "cannot look for models in " + str(root / "bolt") in caplog.text
+        assert (await registry.get("bolt")).version == 10
+        assert (await registry.get("bolt:9")).version == 9
+
+    run(root, test)
+
+
+def test_start_with_a_product_that_cannot_be_read_serves_the_others(root, unreadable):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        assert [each.name for each in registry.answering()] == ["nut"]
+        unreadable.clear()
+        await looked(registry)
+        assert [each.name for each in registry.answering()] == ["bolt", "nut"]
+
+    unreadable.add(root / "bolt")
+    run(root, test)
+
+
+def test_a_version_that_cannot_be_read_has_a_problem_and_the_old_one_goes_on(root, checkpoint):
+    async def test(registry: Registry, telemetry: Telemetry) -> None:
+        record = root / "nut" / "2" / "model.json"
+        save_checkpoint(record.parent, other(checkpoint, 7))
+        record.rename(root / "away")
+        record.symlink_to(record)  # it leads to itself: whoever opens it fails
+        for _ in range(2):
+            await looked(registry)
+        assert (await registry.get("nut")).version == 1
+        assert "cannot read" in (registry.problem("nut") or "")
+        assert telemetry.registry.get_sample_value("hazelnut_models_refused_total") == 1
+        (root / "away").rename(record)
+        await looked(registry)
+        served = await registry.get("nut")
+        assert served.version == 2
+        # Unreadable for a moment, it is no other version than before.
+        record.rename(root / "away")
+        record.symlink_to(record)
+        await looked(registry, forget=True)
+        assert await registry.get("nut:2") is served
+        assert registry.problem("nut") is None
+
+    run(root, test)
+
+
+def test_what_is_to_be_forgotten_is_forgotten_when_the_folder_can_be_read_again(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        away = root.rename(root.with_name("away"))
+        shutil.rmtree(away / "bolt" / "10")
+        await looked(registry, forget=True)
+        away.rename(root)
+        registry.look_now(forget=False)
+        await until(lambda: registry.answering()[0].found.version == 9)
 
     run(root, test)
 
@@ -267,20 +497,55 @@ def test_a_model_larger_than_the_budget_is_served_alone(root):
     run(root, test, model_bytes=1)
 
 
-def test_many_who_ask_for_a_model_on_disk_have_it_read_once(root, monkeypatch):
-    read: list[Path] = []
-
+def test_many_who_ask_for_a_model_on_disk_have_it_read_once(root, disk):
     async def test(registry: Registry, _: Telemetry) -> None:
-        def reading(folder: Path) -> Checkpoint:
-            read.append(folder)
-            return load_checkpoint(folder)
-
-        monkeypatch.setattr("service.registry.load_checkpoint", reading)
+        disk.folders.clear()
         found = await asyncio.gather(*(registry.get("bolt:9") for _ in range(20)))
         assert len({id(model) for model in found}) == 1
-        assert read == [root / "bolt" / "9"]
+        assert disk.folders == [root / "bolt" / "9"]
 
     run(root, test)
+
+
+def test_a_model_that_is_not_read_in_time_is_given_up_and_is_there_for_those_who_come_later(root, disk):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        disk.folders.clear()
+        disk.gate.clear()
+        errors = await asyncio.gather(*(refusal(registry, wanted) for wanted in ["bolt", "bolt:9", "bolt:9", "bolt"]))
+        assert [error.code for error in errors] == ["deadline"] * 4
+        assert "model 'bolt' was not read within 0.1 seconds" in str(errors[0])
+        registry._seconds = 60
+        later = asyncio.gather(*(registry.get(wanted) for wanted in ["bolt:9", "bolt"]))
+        await asyncio.sleep(0)
+        disk.gate.set()
+        assert [model.version for model in await later] == [9, 10]
+        assert disk.folders == [root / "bolt" / "10", root / "bolt" / "9"], "each was read once for all"
+
+    run(root, test, model_bytes=1, answer_seconds=0.1)
+
+
+def test_a_reading_that_fails_when_nobody_waits_any_more_is_no_fault(root, disk, caplog):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        (root / "bolt" / "9" / "model.json").write_text("{")
+        disk.gate.clear()
+        assert (await refusal(registry, "bolt:9")).code == "deadline"
+        disk.gate.set()
+        await until(lambda: registry.problem("bolt"))
+        await looked(registry)
+        gc.collect()
+        assert "never retrieved" not in caplog.text
+
+    run(root, test, answer_seconds=0.1)
+
+
+def test_a_model_that_leaves_is_kept_in_memory_by_nobody(root):
+    async def test(registry: Registry, _: Telemetry) -> None:
+        gone = weakref.ref(await registry.get("bolt:9"))
+        await registry.get("nut")
+        gc.collect()
+        assert gone() is None
+
+    run(root, test, model_bytes=1)
 
 
 def test_the_drift_of_a_model_outlives_its_time_on_disk(root):
@@ -390,7 +655,7 @@ def test_a_model_over_which_the_device_fails_is_refused_in_one_sentence_and_logg
     def fail(_: Checkpoint) -> Scoring:
         raise DeviceError("Traceback (most recent call last):\nValueError: odd")
 
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be brought to the device"):
         Registry(Settings(checkpoint=root), Telemetry(), load=fail)
     assert "ValueError: odd" in caplog.text
     refused = [record.getMessage() for record in caplog.records if "is not served" in record.getMessage()]
