@@ -117,7 +117,7 @@ class Telemetry:
         )
         self._device_lost = Counter(
             "hazelnut_device_processes_lost_total",
-            "Processes of the device that died and were replaced.",
+            "Processes of the device that died, or hung and were killed, and were replaced.",
             registry=self.registry,
         )
         self._drift = Gauge(

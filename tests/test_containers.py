@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from service.app import CLOSE_SECONDS
 from service.registry import NAME
+from service.server import GRACE_SECONDS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +108,7 @@ def test_a_service_is_limited_and_asked_for_its_health(name):
 
 def test_a_stopped_service_has_the_time_to_drain():
     grace = SERVICES["hazelnut"]["stop_grace_period"].removesuffix("s")
-    assert int(grace) > Settings().drain_seconds + 2
+    assert int(grace) > Settings().drain_seconds + GRACE_SECONDS + CLOSE_SECONDS
 
 
 def test_published_images_are_pinned_by_a_whole_version():

@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from service.app import CLOSE_SECONDS
 from service.decoding import BYTES_PER_PIXEL, MORE_BYTES
 from service.server import GRACE_SECONDS
 from service.settings import PREFIX, Settings
@@ -90,9 +91,11 @@ def test_probes_ask_paths_that_answer(client):
 
 def test_the_pod_is_killed_only_after_its_drain():
     settings = Settings()
-    stopping = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + settings.drain_seconds + GRACE_SECONDS
+    stopping = (
+        CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + settings.drain_seconds + GRACE_SECONDS + CLOSE_SECONDS
+    )
     assert "HAZELNUT_DRAIN_SECONDS" not in ENVIRONMENT
-    assert POD["spec"]["terminationGracePeriodSeconds"] >= stopping + 5
+    assert POD["spec"]["terminationGracePeriodSeconds"] > stopping
 
 
 def test_memory_is_enough_for_every_decoder():

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -136,6 +137,25 @@ def test_an_image_whose_caller_left_is_never_scored():
         assert [number_of(scored) for scored in await asyncio.gather(first, staying)] == [99, 2]
         assert device.batches == [[99], [2]]
         assert leaving.cancelled()
+
+    run(test, gated=True)
+
+
+def test_an_image_whose_caller_left_takes_no_memory_while_the_device_hangs():
+    async def test(batcher: Batcher, device: Device) -> None:
+        first = asyncio.ensure_future(batcher.score(device, image(99)))
+        await until(lambda: device.batches)
+        pixels = image(1)
+        kept = weakref.ref(pixels)
+        leaving = asyncio.ensure_future(batcher.score(device, pixels))
+        del pixels
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        del leaving
+        assert kept() is None
+        device.gate.release()
+        await first
 
     run(test, gated=True)
 
