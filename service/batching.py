@@ -72,6 +72,7 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._last_end = 0.0  # of a batch on the device
         telemetry.queue_age.set_function(self._age)
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
@@ -212,7 +213,10 @@ class Batcher:
                 self._largest[scorer] = half
             logger.warning("a batch of %d images failed and is halved: %s", len(pixels), error)
         finally:
-            self._telemetry.stage("device").observe(time.perf_counter() - begun.since)
+            # A full batch is sent while the device still has the one before.
+            now = time.perf_counter()
+            self._telemetry.stage("device").observe(now - max(begun.since, self._last_end))
+            self._last_end = now
         return self._outcomes_of_parts(scorer, pixels, half)
 
     def _outcomes_of_parts(self, scorer: Scoring, pixels: list[Pixels], size: int) -> list[Scored | ImageFailedError]:

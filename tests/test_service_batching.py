@@ -262,6 +262,25 @@ def test_a_full_batch_is_sent_before_the_last_is_done_and_no_third_is():
     run(test)
 
 
+def test_the_device_is_never_said_to_be_busy_for_longer_than_there_was_time():
+    async def test() -> None:
+        begin = time.perf_counter()
+        telemetry, gpu = Telemetry(), Gpu()
+        batcher = Batcher(max_images=99, max_bytes=999, telemetry=telemetry)
+        crowd = [asyncio.ensure_future(batcher.score(gpu, image(number))) for number in range(20, 20 + 32)]
+        await until(partial(gpu.has_begun, 1))  # while the device has the first
+        for number in range(2):
+            await asyncio.sleep(0.1)
+            gpu.compute(number)
+        await asyncio.gather(*crowd)
+        batcher.close()
+        busy = telemetry.registry.get_sample_value("hazelnut_stage_seconds_sum", {"stage": "device"})
+        assert busy is not None
+        assert 0.2 <= busy <= time.perf_counter() - begin
+
+    asyncio.run(test())
+
+
 def test_of_a_batch_that_fails_on_a_gpu_later_only_the_image_at_fault_does():
     async def test(batcher: Batcher, _: Device) -> None:
         gpu = Gpu()
