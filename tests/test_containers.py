@@ -106,6 +106,12 @@ def test_a_service_is_limited_and_asked_for_its_health(name):
     assert name == "hazelnut" or SERVICES[name]["healthcheck"]["test"][0] == "CMD"  # the service's is in its image
 
 
+def test_the_service_decodes_and_scores_on_the_cores_that_it_may_use():
+    service = SERVICES["hazelnut"]
+    for name in ("PYTHON_CPU_COUNT", "OMP_NUM_THREADS"):
+        assert service["environment"][name] == service["cpus"] == "${CPUS:-2}"
+
+
 def test_a_stopped_service_has_the_time_to_drain():
     grace = SERVICES["hazelnut"]["stop_grace_period"].removesuffix("s")
     assert int(grace) > Settings().drain_seconds + GRACE_SECONDS + CLOSE_SECONDS

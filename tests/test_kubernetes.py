@@ -98,9 +98,13 @@ def test_the_pod_is_killed_only_after_its_drain():
     assert POD["spec"]["terminationGracePeriodSeconds"] > stopping
 
 
+def test_the_service_decodes_and_scores_on_the_cores_that_it_may_use():
+    cores = CONTAINER["resources"]["limits"]["cpu"]
+    assert ENVIRONMENT["PYTHON_CPU_COUNT"] == ENVIRONMENT["OMP_NUM_THREADS"] == cores
+
+
 def test_memory_is_enough_for_every_decoder():
     workers, pixels = int(ENVIRONMENT["PYTHON_CPU_COUNT"]), int(ENVIRONMENT["HAZELNUT_MAX_PIXELS"])
-    assert float(CONTAINER["resources"]["limits"]["cpu"]) == workers
     needed = SERVICE_BYTES + workers * (BYTES_PER_PIXEL * pixels + MORE_BYTES)
     assert size(CONTAINER["resources"]["limits"]["memory"]) >= needed
     assert size(CONTAINER["resources"]["requests"]["memory"]) >= SERVICE_BYTES
