@@ -117,6 +117,13 @@ def test_a_stopped_service_has_the_time_to_drain():
     assert int(grace) > Settings().drain_seconds + GRACE_SECONDS + CLOSE_SECONDS
 
 
+def test_what_a_documented_command_removes_can_be_written_there():
+    commands = re.findall(r"--entrypoint rm (\w+) -r (/\w+)/", (ROOT / "docs/operations.md").read_text())
+    assert len(commands) == 2
+    for name, folder in commands:
+        assert any(mount.endswith(f":{folder}") for mount in SERVICES[name]["volumes"]), (name, folder)
+
+
 def test_published_images_are_pinned_by_a_whole_version():
     images = [service["image"] for service in SERVICES.values() if "build" not in service]
     assert len(images) == 2
