@@ -46,14 +46,19 @@ async def answer_parts(
     head = _answering_model(model, alpha)
     yield b'{"model":' + head.model_dump_json().encode() + b',"results":['
     for index, (upload, outcome) in enumerate(zip(uploads, outcomes, strict=True)):
+        picture = None
+        if map_format == "overlay" and isinstance(outcome, Verdict):
+            width, height = map_size(outcome.width, outcome.height)
+            try:
+                picture = await running.decoder.picture(upload.data, width=width, height=height)
+            except ImageError as error:  # its decoder dies or is slow this time
+                if len(outcomes) == 1:
+                    raise  # nothing of the answer is on its way
+                outcome = error
         if isinstance(outcome, ImageError):
             problem = ImageProblem(code=outcome.code, message=str(outcome))
             part = ImageResult(filename=upload.filename, error=problem).model_dump_json().encode()
         else:
-            picture = None
-            if map_format == "overlay":
-                width, height = map_size(outcome.width, outcome.height)
-                picture = await running.decoder.picture(upload.data, width=width, height=height)
             write = partial(
                 _result_json,
                 upload.filename,

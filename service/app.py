@@ -30,6 +30,8 @@ from service.server import Server, bound_socket, server_config, timed_protocol
 from service.settings import Settings, load_settings
 from service.telemetry import Telemetry, package_version
 
+CLOSE_SECONDS = 5.0  # for a batch or a model that is under way; a device or a disk may hang
+
 
 def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | None = None) -> FastAPI:
     """The service as an ASGI application, with its models in memory.
@@ -59,10 +61,11 @@ def create_app(settings: Settings | None = None, *, checkpoint: Checkpoint | Non
             service.drain.begin()
             service.running = None
             watching.cancel()
-            registry.close()
             await decoder.close()
-            batcher.close()
-            device.close()
+            # Off the loop: it has to hear what else it is told.
+            closing = [asyncio.create_task(asyncio.to_thread(each.close)) for each in (registry, batcher)]
+            await asyncio.wait(closing, timeout=CLOSE_SECONDS)
+            await asyncio.to_thread(device.close)
 
     app = FastAPI(
         title="Hazelnut",

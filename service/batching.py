@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -72,6 +72,7 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._last_end = 0.0  # of a batch on the device
         telemetry.queue_age.set_function(self._age)
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
@@ -123,10 +124,16 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             self._queue.append(waiting)
             self._changed.notify()
-        return await waiting.answer
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            # At once: it would keep its pixels as long as the device does not come to it.
+            with self._changed, suppress(ValueError):  # it is on the device
+                self._queue.remove(waiting)
+            raise
 
     def close(self) -> None:
-        """Stop once nothing waits any more."""
+        """Stop once nothing waits any more. For any thread: the device may take long."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -153,13 +160,11 @@ class Batcher:
 
     def _next_batch(self, *, wait: bool) -> list[_Waiting]:
         """wait: sleep while nothing waits; then empty when closed. Otherwise empty where no full one waits."""
-        batch: list[_Waiting] = []
         with self._changed:
-            while not batch:
-                self._changed.wait_for(lambda: self._queue or self._closed or not wait)
-                if not self._queue or not (wait or self._is_full()):
-                    return []
-                batch = self._take()
+            self._changed.wait_for(lambda: self._queue or self._closed or not wait)
+            if not self._queue or not (wait or self._is_full()):
+                return []
+            batch = self._take()
         now = time.perf_counter()
         for waiting in batch:
             self._telemetry.stage("queue").observe(now - waiting.since)
@@ -176,8 +181,6 @@ class Batcher:
         others: list[_Waiting] = []
         while self._queue and (not batch or len(batch) < self._largest_of(batch[0].scorer)):
             waiting = self._queue.popleft()
-            if waiting.answer.cancelled():
-                continue
             (batch if not batch or waiting.scorer is batch[0].scorer else others).append(waiting)
         self._queue.extendleft(reversed(others))
         return batch
@@ -210,7 +213,10 @@ class Batcher:
                 self._largest[scorer] = half
             logger.warning("a batch of %d images failed and is halved: %s", len(pixels), error)
         finally:
-            self._telemetry.stage("device").observe(time.perf_counter() - begun.since)
+            # A full batch is sent while the device still has the one before.
+            now = time.perf_counter()
+            self._telemetry.stage("device").observe(now - max(begun.since, self._last_end))
+            self._last_end = now
         return self._outcomes_of_parts(scorer, pixels, half)
 
     def _outcomes_of_parts(self, scorer: Scoring, pixels: list[Pixels], size: int) -> list[Scored | ImageFailedError]:

@@ -1,17 +1,19 @@
 """The device as the service sees it: a process of its own, and its successors.
 
 A process that dies over a batch is replaced, and the batch gets one more try: it may not have been its fault. The
-batcher halves one that fails again, until only the image at fault does.
+batcher halves one that fails again, until only the image at fault does. One that hangs is killed, and so dies too.
 """
 
 import itertools
 import pickle
+import socket
+import struct
 import threading
 import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -26,7 +28,9 @@ from service.forking import forking_context
 from service.telemetry import Telemetry
 
 TRIES = 2
-END_SECONDS = 10.0  # a batch of the largest models on a slow CPU
+# Whole, and without a byte either way. A full batch of large images in tiles takes minutes on a slow CPU.
+HANG_SECONDS = 300
+END_SECONDS = 5.0  # not even a kill ends a process that waits for a GPU's driver
 
 
 class DeviceDiedError(DeviceError):
@@ -44,6 +48,7 @@ class Device:
         self._gone: deque[int] = deque()
         self._loading = threading.Lock()
         self._process: _Process | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -58,7 +63,10 @@ class Device:
         return scorer
 
     def close(self) -> None:
-        """Nothing may be under way any more."""
+        """Whatever is still under way fails."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()  # who brings a model to it holds the lock until then
         with self._loading:
             if self._process is not None:
                 self._process.end()
@@ -80,6 +88,8 @@ class Device:
         if process is not None and process.is_alive() and scorer.key in process.loaded:
             return process  # and is not waited for while it loads another one
         with self._loading:
+            if self._closed:
+                raise DeviceDiedError("the device is closed")
             if self._process is not None and not self._process.is_alive():
                 logger.error("the device's process died and is replaced")
                 self._telemetry.device_lost()
@@ -141,8 +151,8 @@ class _Process:
     """With two ways to it, or a model that loads would hold up the batches."""
 
     def __init__(self, kind: torch.device) -> None:
-        self._models, models = Pipe()
-        self._batches, batches = Pipe()
+        self._models, models = _pipe()
+        self._batches, batches = _pipe()
         self._process = forking_context().Process(
             target=work, args=(models, batches, kind, torch.get_num_threads()), daemon=True
         )
@@ -168,8 +178,7 @@ class _Process:
             memory: Memory
             failure, memory = self._models.recv()
         except (EOFError, OSError) as error:
-            self._lost = True
-            raise DeviceDiedError("the device's process died over a model") from error
+            raise self._died(error, over="a model") from error
         if failure is not None:
             raise failure
         self.loaded.add(scorer.key)
@@ -177,8 +186,10 @@ class _Process:
 
     def send(self, batch: Batch) -> None:
         self._sent.append(batch)
-        with suppress(OSError):  # it died; who waits for the answer finds out
+        try:
             self._batches.send((batch.scorer.key, batch.pixels))
+        except OSError as error:  # who waits for the answer finds out
+            self._died(error, over="a batch")
 
     def has_answered(self) -> bool:
         """Or never will."""
@@ -190,16 +201,29 @@ class _Process:
         try:
             outcome, memory = self._batches.recv()
         except (EOFError, OSError) as error:
-            self._lost = True
-            raise DeviceDiedError("the device's process died over a batch") from error
+            raise self._died(error, over="a batch") from error
         self._sent.popleft().outcome = outcome
         return memory
 
+    def _died(self, error: Exception, *, over: str) -> DeviceDiedError:
+        if isinstance(error, BlockingIOError):
+            logger.error("the device's process hangs over %s and is killed: no answer for %d s", over, HANG_SECONDS)
+        self.kill()
+        return DeviceDiedError(f"the device's process died over {over}")
+
+    def kill(self) -> None:
+        self._lost = True
+        if self._process.is_alive():  # else its number may be another's by now
+            self._process.kill()
+
     def end(self) -> None:
-        """It ends by itself when nobody is there any more."""
-        self._models.close()
-        self._batches.close()
+        self.kill()
         self._process.join(END_SECONDS)
-        self._process.kill()
-        self._process.join()
-        self._process.close()
+
+
+def _pipe() -> tuple[Connection, Connection]:
+    """As multiprocessing's. Ours raises BlockingIOError when the process takes or gives nothing for HANG_SECONDS."""
+    ours, theirs = socket.socketpair()
+    for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        ours.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", HANG_SECONDS, 0))
+    return Connection(ours.detach()), Connection(theirs.detach())

@@ -1,6 +1,7 @@
 """The process from which the others are forked. It imports torch once, for all of them and their successors."""
 
 import multiprocessing
+import signal
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 
@@ -13,6 +14,11 @@ def forking_context() -> ForkServerContext:
 
 
 def begin_forking() -> None:
-    """Let it import torch while this process does so too: that takes seconds, and `service.decoding` waits for it."""
+    """Let it import torch while this process does so too: that takes seconds, and `service.decoding` waits for it.
+
+    From here on this process ignores SIGHUP until its server listens to it, and those that are forked do for good: a
+    terminal that closes tells every one of them.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     forking_context()
     ensure_running()

@@ -150,7 +150,8 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 def _exception(error: ServiceError | ImageError) -> JSONResponse:
-    ours = ERRORS[error.code].status
+    # A 503 that is no refusal: nobody knows when to come back.
+    ours = 500 if error.code == "model_unavailable" else ERRORS[error.code].status
     status, name = EXCEPTIONS.get(ours, (400, "ValidationException"))
     kept = error.headers or {} if isinstance(error, ServiceError) else {}
     headers = {**kept, "x-amzn-ErrorType": name}

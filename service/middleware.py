@@ -68,7 +68,7 @@ class RequestMiddleware:
         finally:
             route = route_template(scope.get("route"), scope["path"], PAGES)
             seconds = time.perf_counter() - start
-            self.telemetry.request_ended(route, scope["method"], status=status, refused=refused, seconds=seconds)
+            self.telemetry.request_ended(route, scope["method"], status=status, seconds=None if refused else seconds)
             log_request(
                 method=scope["method"],
                 route=route,

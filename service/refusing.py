@@ -6,7 +6,6 @@ In an overload most requests end here, and what they cost is missing from the im
 import asyncio
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterable
 
 from service.batching import BusyError
@@ -38,7 +37,6 @@ class Refusals:
         """Headers and body of the answer 503 to a request that is refused, else None; as TimedProtocol wants it."""
         if method != b"POST" or target.partition(b"?")[0] != self._target:
             return None
-        since = time.perf_counter()
         refusal = self._refusal()
         if refusal is None:
             return None
@@ -55,8 +53,7 @@ class Refusals:
         if not self._unlogged:
             asyncio.get_running_loop().call_later(LOG_SECONDS, self.log)
         self._unlogged += 1
-        status, seconds = ERRORS[refusal.code].status, time.perf_counter() - since
-        self._telemetry.request_ended(self._path, "POST", status=status, refused=True, seconds=seconds)
+        self._telemetry.request_ended(self._path, "POST", status=ERRORS[refusal.code].status, seconds=None)
         return f"{head}\r\n".encode() + body
 
     def log(self) -> None:

@@ -38,8 +38,8 @@ class Service:
     running: Running | None = None
 
     def refusal(self) -> BusyError | None:
-        """Of an image that comes now."""
-        return None if self.running is None else self.running.batcher.refusal(1, 0)
+        """Of an image that comes now. Before the service runs and when it stops, `ready_service` is for it."""
+        return None if self.running is None or self.drain.begun else self.running.batcher.refusal(1, 0)
 
     def look_again(self) -> None:
         """At the folder of models and at the file of keys; what is wrong with them is logged, and nothing changes."""

@@ -47,7 +47,7 @@ class Telemetry:
         )
         self._request_seconds = Histogram(
             "hazelnut_request_seconds",
-            "Seconds from a request's headers to the last byte of its answer, the upload included.",
+            "Seconds from a request's headers to the last byte of its answer, the upload included; refusals left out.",
             ["route"],
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
@@ -117,7 +117,7 @@ class Telemetry:
         )
         self._device_lost = Counter(
             "hazelnut_device_processes_lost_total",
-            "Processes of the device that died and were replaced.",
+            "Processes of the device that died, or hung and were killed, and were replaced.",
             registry=self.registry,
         )
         self._drift = Gauge(
@@ -204,12 +204,16 @@ class Telemetry:
         """reason: died or slow."""
         self._decoders_lost.labels(reason).inc()
 
-    def request_ended(self, route: str, method: str, *, status: int | None, refused: bool, seconds: float) -> None:
-        """route: a template, never a path. status: None where the client left before an answer."""
+    def request_ended(self, route: str, method: str, *, status: int | None, seconds: float | None) -> None:
+        """route: a template, never a path. status: None where the client left before an answer. seconds: None of one
+        that was refused: that takes next to nothing, and in an overload it would be the median.
+        """
         method = method if method in METHODS else "other"
         status_class = NO_ANSWER if status is None else f"{status // 100}xx"
         self._requests.labels(route, method, status_class).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        refused = seconds is None
+        if seconds is not None:
+            self._request_seconds.labels(route).observe(seconds)
         self._refused.labels(route).inc(refused)
         self._failed.labels(route).inc(status is not None and status >= 500 and not refused)
 

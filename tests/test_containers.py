@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from service.app import CLOSE_SECONDS
 from service.found import NAME
+from service.server import GRACE_SECONDS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -104,9 +106,22 @@ def test_a_service_is_limited_and_asked_for_its_health(name):
     assert name == "hazelnut" or SERVICES[name]["healthcheck"]["test"][0] == "CMD"  # the service's is in its image
 
 
+def test_the_service_decodes_and_scores_on_the_cores_that_it_may_use():
+    service = SERVICES["hazelnut"]
+    for name in ("PYTHON_CPU_COUNT", "OMP_NUM_THREADS"):
+        assert service["environment"][name] == service["cpus"] == "${CPUS:-2}"
+
+
 def test_a_stopped_service_has_the_time_to_drain():
     grace = SERVICES["hazelnut"]["stop_grace_period"].removesuffix("s")
-    assert int(grace) > Settings().drain_seconds + 2
+    assert int(grace) > Settings().drain_seconds + GRACE_SECONDS + CLOSE_SECONDS
+
+
+def test_what_a_documented_command_removes_can_be_written_there():
+    commands = re.findall(r"--entrypoint rm (\w+) -r (/\w+)/", (ROOT / "docs/operations.md").read_text())
+    assert len(commands) == 2
+    for name, folder in commands:
+        assert any(mount.endswith(f":{folder}") for mount in SERVICES[name]["volumes"]), (name, folder)
 
 
 def test_published_images_are_pinned_by_a_whole_version():

@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ImageUnreadableError
 from models.images import decode_image, image_tensor
 from models.overlay import overlay
 from models.scoring import Scores, regions, resize_map
@@ -211,6 +211,25 @@ def test_maps_of_several_images_are_streamed_in_order(client):
     maps = [result["map"] for result in found if result["map"]]
     assert [(each["width"], each["height"]) for each in maps] == sizes
     assert [Image.open(io.BytesIO(map_bytes(found[index]))).size for index in (0, 1, 3)] == sizes
+
+
+def test_an_image_that_cannot_be_drawn_leaves_its_neighbours_alone(client, monkeypatch):
+    decoder = client.app.state.service.running.decoder
+    drawn = decoder.picture
+
+    async def drawn_or_not(data: bytes, **size: int) -> Image.Image:
+        if data == png(seed=1):
+            raise ImageUnreadableError("decoding the image makes the decoder crash.")
+        picture: Image.Image = await drawn(data, **size)
+        return picture
+
+    monkeypatch.setattr(decoder, "picture", drawn_or_not)
+    first, bad, last = results(upload(client, *(png(seed=seed) for seed in range(3)), query="map=overlay"))
+    assert first["map"]["format"] == last["map"]["format"] == "overlay"
+    assert bad["error"]["code"] == "image_unreadable"
+    assert {key for key, value in bad.items() if value is not None} == {"filename", "error"}
+    alone = upload(client, png(seed=1), query="map=overlay")
+    assert (alone.status_code, alone.json()["error"]["code"]) == (422, "image_unreadable")
 
 
 def saved(image: Image.Image, kind: str) -> bytes:

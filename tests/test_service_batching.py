@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -140,6 +141,25 @@ def test_an_image_whose_caller_left_is_never_scored():
     run(test, gated=True)
 
 
+def test_an_image_whose_caller_left_takes_no_memory_while_the_device_hangs():
+    async def test(batcher: Batcher, device: Device) -> None:
+        first = asyncio.ensure_future(batcher.score(device, image(99)))
+        await until(lambda: device.batches)
+        pixels = image(1)
+        kept = weakref.ref(pixels)
+        leaving = asyncio.ensure_future(batcher.score(device, pixels))
+        del pixels
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        del leaving
+        assert kept() is None
+        device.gate.release()
+        await first
+
+    run(test, gated=True)
+
+
 def test_of_a_batch_that_fails_only_the_image_at_fault_does():
     async def test(batcher: Batcher, device: Device) -> None:
         first = asyncio.ensure_future(batcher.score(device, image(99)))
@@ -240,6 +260,25 @@ def test_a_full_batch_is_sent_before_the_last_is_done_and_no_third_is():
         assert [number_of(one) for one in await asyncio.gather(*crowd)] == list(range(20, 60))
 
     run(test)
+
+
+def test_the_device_is_never_said_to_be_busy_for_longer_than_there_was_time():
+    async def test() -> None:
+        begin = time.perf_counter()
+        telemetry, gpu = Telemetry(), Gpu()
+        batcher = Batcher(max_images=99, max_bytes=999, telemetry=telemetry)
+        crowd = [asyncio.ensure_future(batcher.score(gpu, image(number))) for number in range(20, 20 + 32)]
+        await until(partial(gpu.has_begun, 1))  # while the device has the first
+        for number in range(2):
+            await asyncio.sleep(0.1)
+            gpu.compute(number)
+        await asyncio.gather(*crowd)
+        batcher.close()
+        busy = telemetry.registry.get_sample_value("hazelnut_stage_seconds_sum", {"stage": "device"})
+        assert busy is not None
+        assert 0.2 <= busy <= time.perf_counter() - begin
+
+    asyncio.run(test())
 
 
 def test_of_a_batch_that_fails_on_a_gpu_later_only_the_image_at_fault_does():

@@ -7,9 +7,11 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from models.networks import Standardisation
 from models.scoring import Scores
+from service import app
 from service.app import create_app
 from service.device import Device, DeviceDiedError
 from service.device_worker import DeviceError, Waiting, _score, memory_of
@@ -52,6 +55,30 @@ def wanted(checkpoint: Checkpoint, pixels: Tensor) -> Scores:
 def same(scores: Scores, expected: Scores) -> bool:
     names = ("scores", "anomaly_score", "p_value", "maps")
     return all(np.array_equal(getattr(scores, name), getattr(expected, name)) for name in names)
+
+
+@pytest.fixture
+def hasty(device, checkpoint, monkeypatch) -> Iterator[Device]:
+    """Takes three seconds for a hang."""
+    device.load(checkpoint)  # what processes are forked from has imported torch by now
+    monkeypatch.setattr("service.device.HANG_SECONDS", 3)
+    hasty = Device(CPU, Telemetry())
+    yield hasty
+    hasty.close()
+
+
+@contextmanager
+def hanging(device: Device) -> Iterator[None]:
+    """Its process; but it dies where nobody notices, so that the test ends."""
+    assert device.pid
+    dying = Timer(20, os.kill, (device.pid, signal.SIGKILL))
+    os.kill(device.pid, signal.SIGSTOP)
+    dying.start()
+    try:
+        yield
+        assert dying.is_alive(), "nobody noticed"
+    finally:
+        dying.cancel()
 
 
 class Rigged(Standardisation):
@@ -166,6 +193,36 @@ def test_a_batch_over_which_it_dies_twice_is_given_up_and_the_next_one_scored(de
     with pytest.raises(DeviceDiedError, match="died over a batch"):
         scorer.begin(deadly_pixels(2)).result()
     assert same(scorer.begin(pixels_of(2)).result(), wanted(checkpoint, pixels_of(2)))
+
+
+@pytest.mark.parametrize("count", [1, 512], ids=["that it has", "that it does not even take"])
+def test_a_process_that_hangs_over_a_batch_is_killed_and_the_batch_scored_by_the_next(hasty, checkpoint, count):
+    scorer = hasty.load(checkpoint)
+    before = hasty.pid
+    with hanging(hasty):
+        scores = scorer.begin(pixels_of(count)).result()
+    assert scores.scores == pytest.approx(wanted(checkpoint, pixels_of(count)).scores)
+    assert hasty.pid != before
+    assert hasty._telemetry.registry.get_sample_value("hazelnut_device_processes_lost_total") == 1
+
+
+def test_a_process_that_hangs_over_a_model_is_killed(hasty, checkpoint):
+    scorer = hasty.load(checkpoint)
+    with hanging(hasty), pytest.raises(DeviceDiedError, match="died over a model"):
+        hasty.load(checkpoint)
+    assert same(scorer.begin(pixels_of(2)).result(), wanted(checkpoint, pixels_of(2)))
+
+
+def test_a_service_whose_device_hangs_can_be_stopped(checkpoint, monkeypatch):
+    monkeypatch.setattr(app, "CLOSE_SECONDS", 0.1)
+    settings = Settings(device="cpu", answer_seconds=0.2)
+    with ExitStack() as stack:
+        with TestClient(create_app(settings, checkpoint=checkpoint)) as client:
+            device = client.app.state.service.running.device  # type: ignore[attr-defined]
+            process = Path(f"/proc/{device.pid}")
+            stack.enter_context(hanging(device))
+            assert client.post("/score", files=[("files", ("a.png", png()))]).status_code == 504
+        assert not process.exists()
 
 
 def test_an_image_over_which_it_dies_fails_and_its_neighbours_do_not(checkpoint):

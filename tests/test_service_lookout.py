@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from models.checkpoint import Checkpoint
 from models.scoring import resize_map
 from service.app import create_app
+from service.errors import ServiceError
 from service.lookout import confidence
 from service.settings import Settings
 from tests.conftest import png
@@ -108,6 +109,17 @@ def test_detect_is_throttled_when_busy(client):
     assert response.status_code == 429
     assert response.headers["x-amzn-ErrorType"] == "ThrottlingException"
     assert int(response.headers["Retry-After"]) >= 1
+
+
+def test_detect_fails_where_the_model_cannot_be_read(client, monkeypatch):
+    async def unreadable(_: str) -> None:
+        raise ServiceError("model_unavailable", "the disk is gone.")
+
+    monkeypatch.setattr(client.app.state.service.registry, "get", unreadable)
+    response = detect(client, png())
+    assert response.status_code == 500
+    assert response.headers["x-amzn-ErrorType"] == "InternalServerException"
+    assert response.json() == {"Message": "the disk is gone.", "Code": "model_unavailable"}
 
 
 def test_confidence_is_a_half_at_alpha_and_grows_on_both_sides():

@@ -1,6 +1,8 @@
 """What only the service's real processes show."""
 
 import io
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -47,6 +49,15 @@ def test_an_image_without_a_place_is_refused_before_its_body_is_sent(service: Ru
     assert refusal.startswith(b"HTTP/1.1 503 "), "the one place was taken, and nothing was refused"
     other.join()
     assert statuses == [200]
+
+
+def test_sighup_ends_none_of_its_processes(service: Running) -> None:
+    """A terminal that closes sends it to all of them."""
+    before = service.pids()
+    for pid in before:
+        os.kill(pid, signal.SIGHUP)
+    assert status_of(service, "/score", picture(0)) == 200
+    assert service.pids() == before
 
 
 def test_the_memory_of_large_maps_is_given_back(service: Running) -> None:

@@ -88,6 +88,15 @@ def test_nothing_is_refused_as_busy_before_the_service_runs(checkpoint):
     assert answer(refusals(create_app(Settings(), checkpoint=checkpoint)), MEANT) is None
 
 
+def test_a_service_that_stops_says_so_and_not_that_it_is_busy(app):
+    with app.state.service.running.batcher.places(2, 10):
+        app.state.service.drain.begin()
+        assert answer(refusals(app), MEANT) is None
+        response = TestClient(app).post("/score", content=b"x", headers={"Content-Type": "image/png"})
+    assert response.json()["error"]["code"] == "not_ready"
+    assert response.headers["Connection"] == "close"
+
+
 def test_each_refusal_is_counted_and_many_have_one_line(app, caplog, monkeypatch):
     monkeypatch.setattr(refusing, "LOG_SECONDS", 0.02)
     counting = refusals(app)
@@ -119,4 +128,4 @@ def test_each_refusal_is_counted_and_many_have_one_line(app, caplog, monkeypatch
     }
     assert counted["hazelnut_requests_refused_total"] == 7
     assert counted["hazelnut_requests_total"] == 7
-    assert counted["hazelnut_requests_failed_total"] == 0
+    assert counted["hazelnut_requests_failed_total"] == counted["hazelnut_request_seconds_count"] == 0

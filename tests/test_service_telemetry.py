@@ -126,8 +126,18 @@ def test_metrics_count_failures_and_refusals_apart(client, monkeypatch):
         raise ServiceError("model_unavailable", "the disk is gone")  # a 503, and yet no refusal
 
     monkeypatch.setattr(service.registry, "get", unreadable)
-    assert send("/score") == 503
-    assert counts("/score") == [1, 1]
+    assert (send("/score"), send(lookout)) == (503, 500)
+    assert counts("/score") == counts("/2020-11-20/projects/{project}/models/{version}/detect") == [1, 1]
+
+
+def test_the_seconds_of_requests_are_those_of_the_ones_that_were_not_refused(client):
+    def sent() -> float:
+        client.post("/score", content=png(), headers={"Content-Type": "image/png"})
+        return value(scrape(client), "hazelnut_request_seconds_count", "route=/score")
+
+    with client.app.state.service.running.batcher.places(Settings().max_waiting, 10):
+        assert sent() == 0
+    assert sent() == 1
 
 
 def test_metrics_say_what_is_running(client):
