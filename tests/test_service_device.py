@@ -59,9 +59,9 @@ def same(scores: Scores, expected: Scores) -> bool:
 
 @pytest.fixture
 def hasty(device, checkpoint, monkeypatch) -> Iterator[Device]:
-    """Takes three seconds for a hang."""
+    """Takes five seconds for a hang."""
     device.load(checkpoint)  # what processes are forked from has imported torch by now
-    monkeypatch.setattr("service.device.HANG_SECONDS", 3)
+    monkeypatch.setattr("service.device.HANG_SECONDS", 5)
     hasty = Device(CPU, Telemetry())
     yield hasty
     hasty.close()
@@ -71,7 +71,7 @@ def hasty(device, checkpoint, monkeypatch) -> Iterator[Device]:
 def hanging(device: Device) -> Iterator[None]:
     """Its process; but it dies where nobody notices, so that the test ends."""
     assert device.pid
-    dying = Timer(20, os.kill, (device.pid, signal.SIGKILL))
+    dying = Timer(30, os.kill, (device.pid, signal.SIGKILL))
     os.kill(device.pid, signal.SIGSTOP)
     dying.start()
     try:
