@@ -94,7 +94,8 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     maps: dict[str, list[Tensor]] = {name: [] for name in compared}
     scores: dict[str, list[Tensor]] = {name: [] for name in compared}
     masks = []
-    for (damaged, changed), fusion in zip(drawn(networks.standardisation(held_out), random), fusions, strict=True):
+    images = drawn(networks.standardisation(held_out), networks.standardisation.limits, random)
+    for (damaged, changed), fusion in zip(images, fusions, strict=True):
         views = fusion.views(outputs(networks, networks.standardisation.pixels(damaged)).maps)
         for name, (as_they_are, by_place) in compared.items():
             found = fusion.joined(views, torch.tensor([*as_they_are, *by_place], dtype=torch.float32))

@@ -253,6 +253,12 @@ class Standardisation(nn.Module):
         """uint8 in [0, 255], any shape -> float32."""
         return (pixels.float() - self.mean) / self.scale
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """What black and white become."""
+        black, white = self(self.mean.new_tensor([0, 255])).tolist()
+        return black, white
+
     def intensities(self, images: Tensor) -> Tensor:
         """The way back, to intensities in [0, 1], of which a reconstruction may lie outside."""
         return (images * self.scale + self.mean) / 255

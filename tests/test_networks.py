@@ -362,6 +362,11 @@ def test_standardisation_by_hand():
     assert images.tolist() == pytest.approx([0, 1, -2, 3.1])
 
 
+def test_limits_are_black_and_white():
+    black, white = Standardisation(100.0, 50.0).limits
+    assert (black, white) == pytest.approx((-1.0, 1.55))
+
+
 def test_standardisation_without_arguments_maps_the_ends_of_the_range():
     assert Standardisation()(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from training.unseen import KINDS, changes, drawn, figures, part_of
 
+LIMITS = (-10.0, 10.0)  # wide
+
 
 def textures(count: int, size: int) -> Tensor:
     """Standardised images whose rows differ from their columns."""
@@ -44,7 +46,7 @@ def test_sizes_grow_with_the_image(kind):
 
 def test_each_image_comes_as_it_is_and_with_one_defect_of_each_kind():
     images = textures(3, 64)
-    first, again, other = (list(drawn(images, seeded(seed))) for seed in (0, 0, 1))
+    first, again, other = (list(drawn(images, LIMITS, seeded(seed))) for seed in (0, 0, 1))
     assert len(first) == 3
     for image, (damaged, masks) in zip(images, first, strict=True):
         assert damaged.shape == (1 + len(KINDS), 3, 64, 64)
@@ -54,19 +56,27 @@ def test_each_image_comes_as_it_is_and_with_one_defect_of_each_kind():
     assert not torch.equal(first[2][0], other[2][0])
 
 
+def test_what_no_camera_shows_is_no_defect():
+    """Of images that are white where they are bright: what would be brighter still."""
+    images = textures(12, 64).clamp(max=0.0)
+    for image, (damaged, masks) in zip(images, drawn(images, (-2.0, 0.0), seeded()), strict=True):
+        assert -2 <= damaged.min() < damaged.max() <= 0
+        assert torch.equal(masks, changes(damaged[1:], image))
+
+
 def test_defects_lie_on_the_part():
     images = textures(20, 64)
     images[..., :32] = 0.1 * images[..., :32] + torch.linspace(-1, 1, 64).view(64, 1)  # the background, always the same
     part = part_of(images)
     assert part[:, 36:].all()
     assert not part[:, :28].any()
-    masks = torch.stack([masks for _, masks in drawn(images, seeded())])
+    masks = torch.stack([masks for _, masks in drawn(images, LIMITS, seeded())])
     on_part = (masks & part).sum(dim=(2, 3)) / masks.sum(dim=(2, 3)).clamp(min=1)
     assert (on_part > 0.5).float().mean() > 0.9
 
 
 def test_figures_are_perfect_for_maps_of_the_masks_and_by_chance_for_noise():
-    masks = torch.stack([masks for _, masks in drawn(textures(12, 64), seeded())])
+    masks = torch.stack([masks for _, masks in drawn(textures(12, 64), LIMITS, seeded())])
     perfect = torch.cat([torch.zeros(12, 1, 64, 64), masks.float()], dim=1)
     for found in figures(perfect.amax(dim=(2, 3)), perfect, masks).values():
         assert found.image_auroc > 0.8  # some cannot be seen
@@ -79,7 +89,7 @@ def test_figures_are_perfect_for_maps_of_the_masks_and_by_chance_for_noise():
 
 
 def test_images_are_told_by_their_scores_and_pixels_by_their_maps():
-    masks = torch.stack([masks for _, masks in drawn(textures(12, 64), seeded())])
+    masks = torch.stack([masks for _, masks in drawn(textures(12, 64), LIMITS, seeded())])
     maps = torch.cat([torch.zeros(12, 1, 64, 64), masks.float()], dim=1)
     scores = torch.ones(12, 1 + len(KINDS))
     scores[:, 0] = 2  # good images alone
@@ -89,7 +99,7 @@ def test_images_are_told_by_their_scores_and_pixels_by_their_maps():
 
 def test_kinds_that_cannot_be_seen_are_left_out():
     images = torch.zeros(4, 3, 64, 64)  # the same the wrong way round, and however it is wiped
-    masks = torch.stack([masks for _, masks in drawn(images, seeded())])
+    masks = torch.stack([masks for _, masks in drawn(images, LIMITS, seeded())])
     maps = torch.rand((4, 1 + len(KINDS), 64, 64), generator=seeded())
     found = figures(maps.amax(dim=(2, 3)), maps, masks)
     assert set(found) == set(KINDS) - {"turned", "smear"}

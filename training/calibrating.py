@@ -84,11 +84,12 @@ def chosen_weights(
     """
     candidates = [weights.of(len(fusion.mean)) for weights in fusion_weights(networks.config)]
     device, random = next(networks.parameters()).device, torch.Generator().manual_seed(recipe.seed)
+    images = networks.standardisation(pixels.to(device)).cpu()
     stride = max(networks.config.image_size // PLACES, 1)
     maps: list[list[Tensor]] = [[] for _ in candidates]
     of_maps: list[list[Tensor]] = [[] for _ in candidates]
     scores, masks = [], []
-    for damaged, changed in unseen.drawn(networks.standardisation(pixels.to(device)).cpu(), random):
+    for damaged, changed in unseen.drawn(images, networks.standardisation.limits, random):
         found = outputs(networks, networks.standardisation.pixels(damaged.to(device)))
         views = fusion.views(found.maps.cpu())
         for candidate, own, of_own in zip(candidates, maps, of_maps, strict=True):

@@ -49,12 +49,15 @@ def image_auroc(scores: Tensor) -> float:
     return metrics.image_auroc(np.arange(scores.numel()) >= scores.shape[1], scores.flatten().numpy())
 
 
-def drawn(images: Tensor, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def drawn(images: Tensor, limits: tuple[float, float], random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each of the good images (n, C, S, S): itself and with a defect of each kind, (1 + kinds, C, S, S), most of it
-    on the part; and where each can be seen, (kinds, S, S)."""
+    on the part; and where each can be seen, (kinds, S, S).
+
+    limits: the darkest and the brightest that there is. A bright scratch where an image is white already is not seen.
+    """
     part = part_of(images)
     for image in images:
-        damaged = torch.stack([image, *(_drawn_on(part, image, draw, random) for draw in KINDS.values())])
+        damaged = torch.stack([image, *(_drawn_on(part, image, draw, limits, random) for draw in KINDS.values())])
         yield damaged, changes(damaged[1:], image)
 
 
@@ -74,11 +77,15 @@ def changes(damaged: Tensor, image: Tensor) -> Tensor:
 
 
 def _drawn_on(
-    part: Tensor, image: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor], random: torch.Generator
+    part: Tensor,
+    image: Tensor,
+    draw: Callable[[Tensor, torch.Generator], Tensor],
+    limits: tuple[float, float],
+    random: torch.Generator,
 ) -> Tensor:
     """The image with a defect of which most lies on the part; somewhere, if TRIES are not enough."""
     for _ in range(TRIES):
-        damaged = draw(image, random)
+        damaged = draw(image, random).clamp(*limits)
         changed = changes(damaged.unsqueeze(0), image)[0]
         if changed.any() and part[changed].float().mean() > 0.5:
             break
