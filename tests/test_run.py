@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,26 +272,29 @@ def test_a_diverging_run_stops_without_a_checkpoint(data, tmp_path):
     assert not (tmp_path / "run/checkpoint").exists()
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Stands in for a full disk: the system refuses the same write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path, recipe):
-    """A limit on the size of a file stands in for the full disk: the system refuses the same write."""
     out = tmp_path / "run"
     run(data, out, recipe)
     state, checkpoint = (out / "state.pt").read_bytes(), weights(out / "checkpoint")
     run_record = json.loads((out / "run.json").read_text())
     run_record["recipe"]["steps"] = 16  # so that there is something left to do, and to save
     (out / "run.json").write_text(json.dumps(run_record))
-    limit = len(state) // 2
-    result = subprocess.run(
-        [sys.executable, "-m", "hazelnut", "train", str(data), f"--out={out}", "--resume"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "File too large" in result.stderr
-    assert "--resume goes on from its last state" in result.stderr
-    assert "Traceback" not in result.stderr
+    with (
+        files_of_at_most(len(state) // 2),
+        pytest.raises(TrainingError, match="File too large; --resume goes on from its last state"),
+    ):
+        run(data, out, replace(recipe, steps=16), resume=True)
     assert (out / "state.pt").read_bytes() == state
     assert weights(out / "checkpoint") == checkpoint
     assert not list(out.glob(".*"))
@@ -297,13 +303,8 @@ def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path, re
 def test_a_full_disk_while_the_checkpoint_is_saved_keeps_the_last_good_one(data, tmp_path, recipe):
     checkpoint = run(data, tmp_path / "run", recipe)
     before = weights(checkpoint)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    try:
-        with pytest.raises(CheckpointError, match="File too large"):
-            run(data, tmp_path / "run", recipe, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(len(before) // 2), pytest.raises(CheckpointError, match="File too large"):
+        run(data, tmp_path / "run", recipe, resume=True)
     assert weights(checkpoint) == before
     assert {path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")} == set()
     load_checkpoint(checkpoint)
