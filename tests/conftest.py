@@ -8,8 +8,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import asyncio
+import resource
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,17 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _same_weights() -> None:
     """Networks that a test makes do not depend on which tests this process ran before."""
     torch.manual_seed(0)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel refuses to make a file larger, as a full disk does. Python ignores the signal that comes with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

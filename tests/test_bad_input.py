@@ -19,7 +19,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import CheckpointError
 from service.app import create_app
 from service.settings import Settings
-from tests.conftest import png
+from tests.conftest import largest_file, png
 
 RUNNER = CliRunner()
 
@@ -242,15 +242,8 @@ def test_an_alpha_that_the_calibration_cannot_resolve_is_refused(folder, client,
 
 def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(folder, checkpoint):
     """See also test_run.py, where a training run meets it."""
-    import resource
-
     before = load_checkpoint(folder).weights_sha256
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(CheckpointError, match="cannot save the checkpoint"):
-            save_checkpoint(folder, checkpoint)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(1000), pytest.raises(CheckpointError, match="cannot save the checkpoint"):
+        save_checkpoint(folder, checkpoint)
     assert load_checkpoint(folder).weights_sha256 == before
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]

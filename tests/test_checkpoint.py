@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.maps import OF_PIXELS, MapFusion, Weights
 from models.networks import ScoringNetworks, Standardisation, places_of
+from tests.conftest import largest_file
 
 CPU = torch.device("cpu")
 
@@ -450,17 +448,6 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
 
 
 # Saving over what is there
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to make a file larger, as a full disk does. Python ignores the signal that comes with it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def changed(checkpoint: Checkpoint) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from models.errors import CalibrationError, DataError
 from models.maps import MapFusion
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer, windows
-from tests.conftest import png
+from tests.conftest import largest_file, png
 from training import fidelity, metrics
 from training.data import read_dataset
 from training.details import CASES, GAP, OUTLINE, PICTURE_SIDE, case_picture, score_level, write_cases
@@ -229,17 +228,11 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_report(tmp_path):
-    """A limit on the size of a file stands in for the full disk."""
     path = tmp_path / "evaluation.json"
     write_report({"data": "nuts"}, path)
     before = path.read_text()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(DataError, match="File too large"):
-            write_report({"data": "n" * 1000}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(100), pytest.raises(DataError, match="File too large"):
+        write_report({"data": "n" * 1000}, path)
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
 

@@ -3,14 +3,11 @@
 import hashlib
 import io
 import json
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from torchvision.models import get_model
 
 from models.checkpoint import load_checkpoint
 from models.errors import CheckpointError, DataError, TrainingDivergedError, TrainingError
+from tests.conftest import largest_file
 from training.config import Recipe, load_recipe
 from training.run import read_run, train_folder
 
@@ -272,17 +270,6 @@ def test_a_diverging_run_stops_without_a_checkpoint(data, tmp_path):
     assert not (tmp_path / "run/checkpoint").exists()
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Stands in for a full disk: the system refuses the same write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path, recipe):
     out = tmp_path / "run"
     run(data, out, recipe)
@@ -291,7 +278,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path, re
     run_record["recipe"]["steps"] = 16  # so that there is something left to do, and to save
     (out / "run.json").write_text(json.dumps(run_record))
     with (
-        files_of_at_most(len(state) // 2),
+        largest_file(len(state) // 2),
         pytest.raises(TrainingError, match="File too large; --resume goes on from its last state"),
     ):
         run(data, out, replace(recipe, steps=16), resume=True)
@@ -303,7 +290,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_state_stays(data, tmp_path, re
 def test_a_full_disk_while_the_checkpoint_is_saved_keeps_the_last_good_one(data, tmp_path, recipe):
     checkpoint = run(data, tmp_path / "run", recipe)
     before = weights(checkpoint)
-    with files_of_at_most(len(before) // 2), pytest.raises(CheckpointError, match="File too large"):
+    with largest_file(len(before) // 2), pytest.raises(CheckpointError, match="File too large"):
         run(data, tmp_path / "run", recipe, resume=True)
     assert weights(checkpoint) == before
     assert {path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")} == set()

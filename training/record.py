@@ -35,8 +35,9 @@ class Record:
         self.last = (state.step, time.perf_counter())
         self.writer = SummaryWriter(out / "tensorboard", purge_step=state.step + 1)
         (out / "pictures").mkdir(exist_ok=True)
-        for step in range(state.step + 1, recipe.steps + 1):
-            self._picture(_step_name(step)).unlink(missing_ok=True)
+        for picture in (out / "pictures").glob("step-*.png"):
+            if int(picture.stem.removeprefix("step-")) > state.step:
+                picture.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +61,7 @@ class Record:
             self._log(line)
             shown = _shown(rate, self.latest)
         if pictures.is_drawn(step, self.recipe):
-            self._keep("step", pictures.draw_step(self.state, self.recipe), _step_name(step))
+            self._keep("step", pictures.draw_step(self.state, self.recipe), f"step-{step:06}")
         return shown
 
     def interpolations(self, networks: ScoringNetworks) -> None:
@@ -83,16 +84,9 @@ class Record:
         self.console.print(f"[yellow]step {finding.step}:[/] {finding.message}", highlight=False, soft_wrap=True)
 
     def _keep(self, tag: str, picture: Image.Image, name: str) -> None:
-        picture.save(self._picture(name))
+        picture.save(self.out / "pictures" / f"{name}.png")
         self.writer.add_image(tag, np.asarray(picture), self.state.step, dataformats="HWC")
         self.writer.flush()
-
-    def _picture(self, name: str) -> Path:
-        return self.out / "pictures" / f"{name}.png"
-
-
-def _step_name(step: int) -> str:
-    return f"step-{step:06}"
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
