@@ -27,7 +27,7 @@ from models.calibration import Calibration
 from models.config import ModelConfig
 from models.errors import CalibrationError, CheckpointError, ConfigError
 from models.files import write_durably
-from models.maps import MapFusion, fusion_weights
+from models.maps import MapFusion, Weights
 from models.networks import ScoringNetworks, Standardisation
 from models.scoring import Scorer
 
@@ -124,8 +124,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             alpha=stored["alpha"],
             weights=tuple(stored["weights"]),
             parts=tuple(stored["parts"]),
-            # Checkpoints from before a map scored by anything else hold none.
-            peaks=None if stored.get("peaks") is None else np.asarray(stored["peaks"], dtype=np.float64),
+            peaks=None if stored["peaks"] is None else np.asarray(stored["peaks"], dtype=np.float64),
         )
         if config.highest > 1 and calibration.peaks is None:
             raise CalibrationError(f"the calibration holds no peaks of maps: with highest {config.highest} it must.")
@@ -176,25 +175,23 @@ def _state(networks: ScoringNetworks, fusion: MapFusion) -> dict[str, Tensor]:
     }
 
 
-def _load_state(config: ModelConfig, weights: bytes) -> tuple[ScoringNetworks, MapFusion]:
-    state = safetensors.torch.load(weights)
+def _load_state(config: ModelConfig, content: bytes) -> tuple[ScoringNetworks, MapFusion]:
+    state = safetensors.torch.load(content)
     own = {key.removeprefix("networks."): state.pop(key) for key in list(state) if key.startswith("networks.")}
     networks = ScoringNetworks(config, Standardisation())
     networks.load_state_dict(own)
-    mean, deviation, low, high = (state.pop(f"fusion.{name}") for name in ("mean", "deviation", "low", "high"))
-    fusion = MapFusion(mean, deviation, low, high, fusion_weights(config)[0], config.cell)
-    # Checkpoints from before each product chose its own hold none.
-    of_maps = state.pop("fusion.weights", fusion.weights)
+    names = ("mean", "deviation", "low", "high", "weights")
+    mean, deviation, low, high, weights = values = [state.pop(f"fusion.{name}") for name in names]
     if state:
         raise ValueError(f"unknown weights {', '.join(sorted(state))}")
     # Of another number some broadcast: the scores would be wrong, and nothing would say so.
     components = 1 + networks.evidence_maps
-    shapes = [tuple(value.shape) for value in (fusion.mean, fusion.deviation, fusion.low, fusion.high, of_maps)]
-    place, end = (components, *fusion.mean.shape[1:]), (2 * components,)
-    if fusion.mean.ndim != 3 or shapes != [place, place, end, end, end]:
+    shapes = [tuple(value.shape) for value in values]
+    place, end = (components, *mean.shape[1:]), (2 * components,)
+    if mean.ndim != 3 or shapes != [place, place, end, end, end]:
         raise ValueError(f"the fusion has shapes {shapes}, which do not fit {components} component maps")
-    fusion.weights = of_maps
-    return networks, fusion
+    of_maps = Weights(tuple(weights[:components].tolist()), tuple(weights[components:].tolist()))
+    return networks, MapFusion(mean, deviation, low, high, of_maps, config.cell)
 
 
 @contextmanager

@@ -36,9 +36,7 @@ class ModelConfig:
     feature_layers: str = ""  # names of its layers, with commas between them; empty: those of FEATURE_LAYERS
     feature_channels: int = 128  # numbers that are kept of each place
     feature_padding: Padding = "torchvision"  # how the backbone's strided layers pad: where its weights were trained
-    # Of how many of the anomaly map's highest squares its score is the mean. 1, as of checkpoints from before there was
-    # a choice: its score is its peak.
-    highest: int = 1
+    highest: int = 1  # of how many of the anomaly map's highest squares its score is the mean; 1: its score is its peak
 
     def __post_init__(self) -> None:
         largest = 16 * MAX_SIDE if self.tile else MAX_SIDE

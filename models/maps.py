@@ -48,7 +48,7 @@ OF_FEATURES = (Weights((1.0, 1.0), (0.0, 0.0)), Weights((0.0, 1.0), (1.0, 0.0)))
 
 
 def fusion_weights(config: ModelConfig) -> tuple[Weights, ...]:
-    """What there is to choose from; the first is what a checkpoint has that is older than the choice."""
+    """What there is to choose from; the first counts until the choice is made."""
     return OF_FEATURES if config.over_features else OF_PIXELS
 
 

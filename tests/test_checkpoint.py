@@ -16,7 +16,7 @@ from models.calibration import Calibration
 from models.checkpoint import FIELDS, Checkpoint, load_checkpoint, save_checkpoint
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.maps import OF_PIXELS, MapFusion, Weights
+from models.maps import MapFusion, Weights
 from models.networks import ScoringNetworks, Standardisation, places_of
 from tests.conftest import largest_file
 
@@ -157,16 +157,6 @@ def test_a_checkpoint_whose_maps_score_by_squares_needs_the_peaks_too(tmp_path, 
         load_checkpoint(tmp_path / "nut")
 
 
-def test_a_checkpoint_from_before_squares_counted_scores_by_peaks(folder):
-    record = json.loads((folder / "model.json").read_bytes())
-    del record["model_config"]["highest"], record["calibration"]["peaks"]
-    rewrite(folder, {key: record[key] for key in ("model_config", "calibration")})
-    loaded = load_checkpoint(folder)
-    scores = loaded.scorer(CPU).score(pixels_of(4))
-    assert scores.scores[:, 2] == pytest.approx(scores.maps.max(axis=(1, 2)))
-    assert loaded.calibration.map_level(0.05) == loaded.calibration.scores[:, 2].max()
-
-
 def test_saving_what_was_loaded_gives_the_same_files(tmp_path, folder):
     save_checkpoint(tmp_path / "again", load_checkpoint(folder))
     assert files_of(tmp_path / "again") == files_of(folder)
@@ -300,7 +290,7 @@ def test_a_record_that_is_not_one_is_refused(folder, content):
         load_checkpoint(folder)
 
 
-CALIBRATION = {"scores": [[1, 2, 3]] * 19, "alpha": 0.05, "weights": [1, 1, 1], "parts": []}
+CALIBRATION = {"scores": [[1, 2, 3]] * 19, "alpha": 0.05, "weights": [1, 1, 1], "parts": [], "peaks": None}
 
 
 def test_the_calibration_that_the_next_test_changes_is_read(folder):
@@ -361,13 +351,6 @@ def test_weights_of_another_shape_are_refused(folder, config, field):
         load_checkpoint(folder)
 
 
-def test_a_checkpoint_from_before_products_had_weights_of_their_own_has_those_of_all(folder):
-    state = safetensors.torch.load_file(folder / "model.safetensors")
-    del state["fusion.weights"]
-    rewrite(folder, {}, weights=safetensors.torch.save(state))
-    assert torch.equal(load_checkpoint(folder).fusion.weights, OF_PIXELS[0].of(2))
-
-
 @pytest.mark.parametrize(("had", "named"), [(8, 0), (0, 8)])
 def test_a_head_that_is_missing_or_too_many_is_refused(tmp_path, checkpoint, had, named):
     config = replace(checkpoint.config, head_width=had)
@@ -386,6 +369,7 @@ def test_a_head_that_is_missing_or_too_many_is_refused(tmp_path, checkpoint, had
         "networks.standardisation.mean",
         "fusion.mean",
         "fusion.high",
+        "fusion.weights",
     ],
 )
 def test_weights_that_are_missing_are_refused_by_their_name(folder, name):
