@@ -107,9 +107,7 @@ def measure(data: Path, run: Path) -> list[dict[str, Any]]:
     dataset = read_dataset(data)
     split = split_images(dataset, recipe, Console(stderr=True))
     held_out = score(checkpoint.networks, split.calibration, recipe)
-    as_trained = checkpoint.fusion.weights.tolist()
-    half = len(as_trained) // 2
-    of_maps = Weights(tuple(as_trained[:half]), tuple(as_trained[half:]))
+    of_maps = Weights.halves(checkpoint.fusion.weights)
     test = score(checkpoint.networks, [image.path for image in dataset.test], recipe)
     labels = np.array([image.defect != "good" for image in dataset.test])
     masks = []

@@ -190,8 +190,7 @@ def _load_state(config: ModelConfig, content: bytes) -> tuple[ScoringNetworks, M
     place, end = (components, *mean.shape[1:]), (2 * components,)
     if mean.ndim != 3 or shapes != [place, place, end, end, end]:
         raise ValueError(f"the fusion has shapes {shapes}, which do not fit {components} component maps")
-    of_maps = Weights(tuple(weights[:components].tolist()), tuple(weights[components:].tolist()))
-    return networks, MapFusion(mean, deviation, low, high, of_maps, config.cell)
+    return networks, MapFusion(mean, deviation, low, high, Weights.halves(weights), config.cell)
 
 
 @contextmanager

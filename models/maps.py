@@ -7,7 +7,7 @@ that is never rebuilt or a screw that shines, is no anomaly there.
 import math
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ class Weights(NamedTuple):
     def of(self, components: int) -> Tensor:
         """Of the first of the maps, (2 K,): without a head there is the residual alone."""
         return torch.tensor([*self.as_they_are[:components], *self.by_place[:components]])
+
+    @classmethod
+    def halves(cls, weights: Tensor) -> Self:
+        """The way back from (2 K,)."""
+        as_they_are, by_place = weights.chunk(2)
+        return cls(tuple(as_they_are.tolist()), tuple(by_place.tolist()))
 
 
 # What a product chooses from at the end of training: training/calibrating.py. Where a part fills the picture the
